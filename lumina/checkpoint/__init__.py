@@ -1,0 +1,1 @@
+"""Saves that are durable before they are visible, and their strict loading."""

@@ -1,0 +1,1 @@
+"""Settings of a run: the schema, how it is read, and what of it DeepSpeed is told."""

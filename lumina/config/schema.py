@@ -1,0 +1,158 @@
+"""The settings of a run. Every key is listed here once; an unknown key or a wrong type is an error."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Frozen, strict about types (a string is never taken for a number), closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and what its randomness starts from."""
+
+    dir: str = Field(description="folder of the run: metrics, checkpoints, previews, resolved config")
+    seed: int = Field(0, ge=0, description="every random draw of the run is a function of it and of the sample")
+
+
+class FlowConfig(Section):
+    """Probability path, what the network predicts, and how training times are drawn (FLAG-DiT, SiT)."""
+
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    weighting: Literal["none", "velocity", "likelihood"] = Field(
+        "none", description="loss weight of noise and score predictions; a velocity prediction takes none"
+    )
+    time_law: Literal["uniform", "logit_normal"] = "uniform"
+    time_shift: float = Field(1.0, gt=0, description="m of t -> t/(t+m-m*t), applied to the drawn time; 1 is no shift")
+    epsilon: float | None = Field(
+        None, ge=0, lt=0.5, description="training times lie in [epsilon, 1-epsilon]; null takes the path's own"
+    )
+
+
+class TextConfig(Section):
+    """The frozen text encoder."""
+
+    encoder: str = Field("bytes", description="`bytes`, or a transformers text model by name or folder")
+    layer: int = Field(-1, description="which hidden state: -1 the last, -2 the one before, …")
+    max_tokens: int = Field(128, ge=1, description="captions are cut to this many tokens")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision the encoder runs in")
+    width: int = Field(64, ge=8, description="feature width of `bytes`; a transformers model brings its own")
+
+
+class VaeConfig(Section):
+    """The frozen image autoencoder."""
+
+    model: str = Field("identity", description="`identity` for pixels, or a diffusers AutoencoderKL by name or folder")
+    scale: float | None = Field(None, description="latents are (z - shift) * scale; null takes the model's own")
+    shift: float | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    shards: list[str] = Field(min_length=1, description="tar files, folders of them, or glob patterns")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions (or labels) replaced by none")
+    workers: int = Field(0, ge=0, description="processes that read and decode ahead; 0 reads in the trainer")
+    bad_samples: float = Field(0.01, ge=0, le=1, description="share of unreadable samples at which the run stops")
+
+
+class TrainConfig(Section):
+    """Steps and optimizer."""
+
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    global_batch_packs: int = Field(1, ge=1, description="packs in one optimizer step, over all ranks")
+    tokens_per_pack: int = Field(4096, ge=1, description="upper bound of the tokens of a pack")
+    packs_per_forward: int = Field(
+        1, ge=1, description="packs a rank runs through the model at once; the rest is gradient accumulation"
+    )
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    final_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear end")
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(2.0, gt=0, description="largest global gradient norm")
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    skipped_steps_limit: int = Field(3, ge=1, description="so many non-finite steps in a row stop the run")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _betas_from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"both must lie in [0, 1), not {list(value)}")
+        return value
+
+
+class ParallelConfig(Section):
+    """Sizes of the mesh axes; data parallel is what remains of the world size."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    ring: int = Field(1, ge=1)
+    ulysses: int = Field(1, ge=1)
+    sequence: bool = Field(False, description="Megatron sequence parallel beside tensor parallel")
+    zero_stage: int = Field(1, ge=0, le=3)
+
+
+class CheckpointConfig(Section):
+    """When a run is saved and how much of it is kept."""
+
+    every: int = Field(1000, ge=1, description="steps between saves; the last step is always saved")
+    keep: int = Field(3, ge=1, description="the newest so many stay")
+    asynchronous: bool = Field(False, alias="async")
+
+
+class PreviewConfig(Section):
+    """A contact sheet of fixed prompts drawn with the EMA weights during training."""
+
+    every: int = Field(0, ge=0, description="steps between pictures; 0 draws none")
+    prompts: list[str] = Field(default_factory=list, description="label-conditional models take class numbers")
+    per_prompt: int = Field(1, ge=1)
+    height: int = Field(256, ge=1, description="pixels")
+    width: int = Field(256, ge=1, description="pixels")
+    frames: int = Field(1, ge=1)
+    steps: int = Field(20, ge=1)
+    guidance: float = Field(4.0, ge=0)
+    solver: str = "euler"
+
+    @model_validator(mode="after")
+    def _prompts_given(self) -> "PreviewConfig":
+        if self.every and not self.prompts:
+            raise ValueError("preview.every asks for pictures but preview.prompts is empty; list the prompts to draw")
+        return self
+
+
+class LogConfig(Section):
+    """Where numbers go besides RUN/metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = Field(None, description="Weights & Biases project (extra `wandb`)")
+    peak_tflops: float | None = Field(None, gt=0, description="of one device, for MFU; null: the device's if known")
+
+
+class Config(Section):
+    """A whole run, as in RUN/config.yaml."""
+
+    run: RunConfig
+    model: dict[str, Any] = Field(description="fields of FlagDiTConfig, or `preset: 600m` and what differs from it")
+    flow: FlowConfig = FlowConfig()
+    text: TextConfig | None = Field(None, description="absent in a label-conditional run")
+    vae: VaeConfig = VaeConfig()
+    data: DataConfig
+    train: TrainConfig
+    precision: Literal["fp32", "bf16"] = "bf16"
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    preview: PreviewConfig = PreviewConfig()
+    log: LogConfig = LogConfig()

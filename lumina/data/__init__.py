@@ -1,0 +1,1 @@
+"""From shards on disk to packs of samples: index, order, plan, loader."""

@@ -1,0 +1,1 @@
+"""Frozen encoders: captions to features, pixels to latents."""

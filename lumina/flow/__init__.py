@@ -1,0 +1,1 @@
+"""Flow matching: paths between noise and data, times, losses and solvers."""

@@ -1,0 +1,1 @@
+"""Flag-DiT: one-device maths on a packed token sequence."""

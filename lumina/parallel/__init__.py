@@ -1,0 +1,1 @@
+"""Everything that knows more than one process: mesh, engine, randomness."""

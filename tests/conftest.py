@@ -1,0 +1,10 @@
+"""Shared by all tests: shapes in public signatures are checked, and no test reaches a hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("lumina", "beartype.beartype")
