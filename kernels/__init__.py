@@ -1,1 +1,23 @@
-"""Kernels of Flag-DiT."""
+"""What Flag-DiT does between its matrix products, each operation with a plain torch reference.
+
+Every operation is called through one dispatcher (`lumina.kernels.dispatch`), which picks the fastest
+implementation that can run on the tensors at hand.
+"""
+
+from .attention import AttentionPlan, attention
+from .gated_residual import gated_residual
+from .layer_norm_modulate import layer_norm_modulate
+from .qk_norm_rope import qk_norm_rope
+from .rms_norm_modulate import rms_norm, rms_norm_modulate
+from .swiglu import swiglu
+
+__all__ = [
+    "AttentionPlan",
+    "attention",
+    "gated_residual",
+    "layer_norm_modulate",
+    "qk_norm_rope",
+    "rms_norm",
+    "rms_norm_modulate",
+    "swiglu",
+]
