@@ -4,6 +4,8 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lumina.config.schema import TextConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from lumina.encoders._hub import DTYPES, check_complete, reading
 
 
 class TextEncoder(ABC):
@@ -30,7 +31,7 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for people: which encoder, its width, length and precision."""
+        """One line for people: which encoder, its width and its length."""
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -64,12 +65,12 @@ def build_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -
     """
     if config.encoder == "bytes":
         return BytesEncoder(config, device)
-    raise ValueError(f"text.encoder: {config.encoder!r} is not known")
+    return TransformersEncoder(config, device)
 
 
-# Shares of a feature's variance. Half the word itself, so that it stands out; the rest mostly its spelling, so that
-# seven, sevens and sevne are neighbours.
-_SHARES = {"word": 0.50, "spelling": 0.35, "before": 0.09, "place": 0.06}
+# Shares of a feature's variance. Spelling is the largest, so that seven, sevens and sevne are neighbours; the word
+# before and the place let a model bind a colour to its shape. Measured against other shares: docs/encoders.md.
+_SHARES = {"word": 0.15, "spelling": 0.45, "before": 0.20, "place": 0.20}
 _GRAM_BYTES = (2, 3, 4)
 _PIECE_BYTES = 24
 # East Asian scripts set no spaces: each of their characters is a word.
@@ -108,7 +109,7 @@ class BytesEncoder(TextEncoder):
     A caption becomes one null token and a token a word (a character in East Asian scripts, 24 bytes of a longer word).
     A token's feature is a sum of seeded random vectors: one for the word (case and outer punctuation dropped), one
     for its spelling (the mean direction of its runs of 2 to 4 UTF-8 bytes, as in fastText, Bojanowski et al. 2017),
-    and small ones for the word before it and for its place. Over words, every feature has mean 0 and variance 1. A
+    and one each for the word before it and for its place. Over words, every feature has mean 0 and variance 1. A
     word that training never saw is near words of similar spelling; that `crimson` means red it cannot know.
 
     Features depend on neither platform nor random state: they are hashes.
@@ -149,3 +150,181 @@ class BytesEncoder(TextEncoder):
             mask[number, : len(row)] = True
         on_device = torch.from_numpy(features).to(self._device, self._dtype)
         return on_device, torch.from_numpy(mask).to(self._device)
+
+
+class TransformersEncoder(TextEncoder):
+    """The text trunk of a transformers model: LLaMA, Gemma, Qwen, T5 (its encoder), CLIP (its text part), …
+
+    The public work takes the last hidden state of LLaMA-2-7B at 128 tokens, and of Gemma-2B in its later models.
+    Weights are read from safetensors, or from PyTorch files without running code; code that a model brings is never
+    run. A missing weight is an error.
+    """
+
+    def __init__(self, config: TextConfig, device: str | torch.device = "cpu"):
+        import transformers
+
+        self._name = config.encoder
+        self._device = torch.device(device)
+        self._dtype = DTYPES[config.dtype]
+        self.max_tokens = config.max_tokens
+        model_at, tokenizer_at = _locate(config.encoder)
+        with reading("text.encoder", config.encoder, "text model", transformers):
+            settings = transformers.AutoConfig.from_pretrained(model_at, trust_remote_code=False)
+            text_settings = settings.get_text_config(encoder=True if settings.is_encoder_decoder else None)
+        # None where the config describes no text: a vision model, or a kind of text model that is not known here.
+        layers = getattr(text_settings, "num_hidden_layers", None)
+        self._vocabulary = getattr(text_settings, "vocab_size", None)
+        if layers is None or self._vocabulary is None:
+            raise ValueError(f"text.encoder: {self._name} ({settings.model_type}) is not a text model")
+        self._index = self._hidden_state_index(config.layer, layers)
+        self._tokenizer = self._read_tokenizer(tokenizer_at)
+        self._check_length(text_settings)
+        model = self._read_trunk(model_at, settings, text_settings)
+        if self._index is not None:
+            _drop_layers_after(model, layers, self._index)
+        self._model = model.to(self._device).eval().requires_grad_(False)
+        self.width = self._dry_run()
+
+    def describe(self) -> str:
+        hidden = "last hidden state" if self._index is None else f"hidden state {self._index}"
+        precision = str(self._dtype).removeprefix("torch.")
+        return (
+            f"{self._name} ({type(self._model).__name__}, {hidden}, {precision}), width {self.width}, "
+            f"at most {self.max_tokens} tokens"
+        )
+
+    def _hidden_state_index(self, layer: int, layers: int) -> int | None:
+        """None for the last hidden state, which has been through the final norm."""
+        count = layers + 1
+        if not -count <= layer < count:
+            raise ValueError(
+                f"text.layer: {self._name} has {count} hidden states, the embeddings and one a layer: "
+                f"-{count} to {count - 1}, not {layer}"
+            )
+        index = layer % count
+        return None if index == layers else index
+
+    def _read_tokenizer(self, tokenizer_at: str) -> Any:
+        import transformers
+
+        with reading("text.encoder", self._name, "tokenizer", transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_at, trust_remote_code=False)
+        # Without its files the library builds some tokenizers with an empty vocabulary and says nothing.
+        if len(tokenizer) < self._vocabulary // 2:
+            raise ValueError(
+                f"text.encoder: the tokenizer of {self._name} has {len(tokenizer)} entries where its model has "
+                f"{self._vocabulary}, so tokenizer files are missing; put them beside the model"
+            )
+        tokenizer.truncation_side = "right"
+        # Padding is done here, so a tokenizer needs no pad token and its padding side does not matter.
+        null = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+        self._null_token = next(token for token in null if token is not None)
+        return tokenizer
+
+    def _check_length(self, text_settings: Any) -> None:
+        limits = (getattr(text_settings, "max_position_embeddings", None), self._tokenizer.model_max_length)
+        most = min(limit for limit in limits if limit)
+        if self.max_tokens > most:
+            raise ValueError(
+                f"text.max_tokens: {self._name} reads at most {most} tokens, not {self.max_tokens}; set it to {most} "
+                "or less"
+            )
+        special = self._tokenizer.num_special_tokens_to_add()
+        if self.max_tokens <= special:
+            raise ValueError(
+                f"text.max_tokens: {self._name} adds {special} tokens to each caption, so at least {special + 1}, "
+                f"not {self.max_tokens}"
+            )
+
+    def _read_trunk(self, model_at: str, settings: Any, text_settings: Any) -> Any:
+        import transformers
+
+        composite = text_settings is not settings and not settings.is_encoder_decoder
+        encoders = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+        knows = type(settings) in encoders and not composite
+        loader = transformers.AutoModelForTextEncoding if knows else transformers.AutoModel
+        with reading("text.encoder", self._name, "text model", transformers):
+            model, report = loader.from_pretrained(
+                model_at,
+                config=settings,
+                dtype=self._dtype,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+            )
+        # Poolers make one vector of a sentence; a checkpoint may lack one and no feature comes from it.
+        check_complete("text.encoder", self._name, report, allowed="pooler")
+        if composite:
+            model = model.get_decoder()
+        elif settings.is_encoder_decoder and not knows:
+            model = model.get_encoder()
+        if getattr(model, "main_input_name", None) != "input_ids":
+            raise ValueError(f"text.encoder: {self._name} ({settings.model_type}) does not read text")
+        model.config.use_cache = False  # nothing is generated
+        return model
+
+    def _dry_run(self) -> int:
+        """The width, found by encoding one token, so that a model of another shape fails here and not in training."""
+        import transformers
+
+        with torch.no_grad(), reading("text.encoder", self._name, "text model", transformers):
+            return self._hidden_state([[self._null_token]])[0].shape[-1]
+
+    def _hidden_state(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.full((len(rows), int(lengths.max())), self._null_token)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = torch.tensor(row)
+        mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+        mask = mask.to(self._device)
+        with torch.autocast(self._device.type, enabled=False):
+            output = self._model(
+                input_ids=tokens.to(self._device),
+                attention_mask=mask.long(),
+                output_hidden_states=self._index is not None,
+                return_dict=True,
+            )
+        features = output.last_hidden_state if self._index is None else output.hidden_states[self._index]
+        return features, mask
+
+    def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        # Lone surrogates are no text; the tokenizers refuse them.
+        captions = [caption.encode("utf-8", "replace").decode() for caption in captions]
+        rows = self._tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"]
+        # A tokenizer without BOS makes nothing of the empty caption, which must have a token.
+        rows = [row or [self._null_token] for row in rows]
+        highest = max(map(max, rows))
+        if highest >= self._vocabulary:
+            raise ValueError(
+                f"text.encoder: the tokenizer of {self._name} gives token {highest} where its model knows "
+                f"{self._vocabulary}; take the tokenizer that belongs to the model"
+            )
+        return self._hidden_state(rows)
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Where the model is and where its tokenizer is, as from_pretrained takes them.
+
+    A folder may be the model's own, a diffusers pipeline (then its first text encoder), or a text encoder inside a
+    pipeline, whose tokenizer lies in the folder beside it.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name, name
+    if not (folder / "config.json").is_file() and (folder / "text_encoder").is_dir():
+        folder = folder / "text_encoder"
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    own = any(folder.glob("token*")) or any(folder.glob("vocab*")) or any(folder.glob("*.model"))
+    tokenizer = beside if not own and beside != folder and beside.is_dir() else folder
+    return str(folder), str(tokenizer)
+
+
+def _drop_layers_after(model: Any, layers: int, index: int) -> None:
+    """Removes layers that hidden state `index` does not need, where the model keeps them in one list.
+
+    Layer number `index` stays, although only its input is needed: what the last layer gives goes through the final
+    norm, which is not part of that hidden state.
+    """
+    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == layers]
+    if len(lists) == 1:
+        del lists[0][index + 1 :]

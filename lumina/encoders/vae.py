@@ -2,14 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lumina.config.schema import VaeConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from lumina.encoders._hub import DTYPES, check_complete, reading
 
 
 class Vae(ABC):
@@ -42,8 +43,10 @@ class Vae(ABC):
     def _pixels(self, latents: Tensor) -> Tensor:
         """Pixels of unscaled latents."""
 
+    @abstractmethod
     def enable_memory_saving(self) -> None:
-        """Trade a little time for memory on large or many images; a no-op where there is nothing to save."""
+        """One image at a time, and large ones in overlapping tiles: less memory, a little slower, and faint
+        differences where tiles meet. The identity has nothing to save."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of an image of `height` × `width` pixels.
@@ -113,7 +116,7 @@ def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = 
         raise ValueError(f"vae.shift: a finite number, not {config.shift}")
     if config.model == "identity":
         return IdentityVae(config, in_channels, device)
-    raise ValueError(f"vae.model: {config.model!r} is not known")
+    return DiffusersVae(config, in_channels, device)
 
 
 class IdentityVae(Vae):
@@ -133,8 +136,132 @@ class IdentityVae(Vae):
     def describe(self) -> str:
         return f"identity (latents are the {self.pixel_channels}-channel pixels), scale {self._scale:g}"
 
+    def enable_memory_saving(self) -> None:
+        return
+
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
         return pixels, 0.0
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return latents
+
+
+# Scales of published autoencoders, by the last part of their name, for their configs lack or misstate them: a config
+# without a scale is given Stable Diffusion's 0.18215 by diffusers, and keeps that when it is saved again.
+_SD, _SDXL = 0.18215, 0.13025
+_PUBLISHED = {
+    "sd-vae-ft-ema": _SD,
+    "sd-vae-ft-mse": _SD,
+    "sd-vae-ft-ema-original": _SD,
+    "sd-vae-ft-mse-original": _SD,
+    "sdxl-vae": _SDXL,
+    "sdxl-vae-fp16-fix": _SDXL,
+}
+
+
+class DiffusersVae(Vae):
+    """A diffusers AutoencoderKL, frozen: its own folder, a pipeline folder with `vae/`, or a hub name.
+
+    Scale and shift are the published model's where its name is known, else its config's `scaling_factor`,
+    `shift_factor`, `latents_mean` and `latents_std`; `config.scale` and `config.shift` override them. SDXL's
+    autoencoder overflows in 16-bit floats of 5 exponent bits (diffusers' `force_upcast`); bf16 has the range of
+    fp32, so here it only loses precision.
+    """
+
+    def __init__(self, config: VaeConfig, in_channels: int, device: str | torch.device = "cpu"):
+        import diffusers
+
+        self._name = config.model
+        self._device = torch.device(device)
+        self._dtype = DTYPES[config.dtype]
+        path, subfolder = _locate(config.model)
+        with reading("vae.model", config.model, "AutoencoderKL", diffusers):
+            settings = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder)
+        kind = settings.get("_class_name", "AutoencoderKL")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"vae.model: {config.model} is a {kind}; only AutoencoderKL is supported")
+        latent_channels = settings.get("latent_channels", 4)
+        if latent_channels != in_channels:
+            raise ValueError(
+                f"vae.model: {config.model} makes latents of {latent_channels} channels but the diffusion model takes "
+                f"{in_channels}; set model.in_channels to {latent_channels} or choose another autoencoder"
+            )
+        with reading("vae.model", config.model, "AutoencoderKL", diffusers):
+            model, report = diffusers.AutoencoderKL.from_pretrained(
+                path, subfolder=subfolder, torch_dtype=self._dtype, output_loading_info=True
+            )
+        check_complete("vae.model", config.model, report)
+        self._model = model.to(self._device).eval().requires_grad_(False)
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        self.latent_channels = latent_channels
+        self.pixel_channels = model.config.in_channels
+        self._scale, self._shift = self._scale_and_shift(config, settings)
+
+    def describe(self) -> str:
+        scale = "one a channel" if isinstance(self._scale, Tensor) else f"{self._scale:g}"
+        precision = str(self._dtype).removeprefix("torch.")
+        return (
+            f"{self._name} ({self.factor} pixels a latent, {self.latent_channels} latent channels, scale {scale}, "
+            f"{precision})"
+        )
+
+    def enable_memory_saving(self) -> None:
+        self._model.enable_slicing()
+        self._model.enable_tiling()
+
+    def _scale_and_shift(self, config: VaeConfig, settings: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        scale: float | Tensor | None = config.scale
+        shift: float | Tensor | None = config.shift
+        if scale is None:
+            scale = _own_scale(config.model, settings)
+            if settings.get("latents_std"):
+                scale = scale / self._a_channel(settings["latents_std"])
+        if shift is None:
+            mean = settings.get("latents_mean")
+            shift = self._a_channel(mean) if mean else settings.get("shift_factor") or 0.0
+        return scale, shift
+
+    def _a_channel(self, numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float32, device=self._device).view(-1, 1, 1)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
+        posterior = self._model.encode(pixels).latent_dist
+        return posterior.mean, posterior.std.float()
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return self._model.decode(latents).sample
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub name, subfolder or None)."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name, None
+    inside = not (folder / "config.json").is_file() and (folder / "vae").is_dir()
+    return str(folder), "vae" if inside else None
+
+
+def _own_scale(name: str, settings: dict[str, Any]) -> float:
+    """The scale of the model called `name` whose raw config.json is `settings`."""
+    names = [_model_name(name), _model_name(str(settings.get("_name_or_path", "")))]
+    for known in names:
+        if known in _PUBLISHED:
+            return _PUBLISHED[known]
+    given = settings.get("scaling_factor")
+    # 0.18215 in the config of an SDXL model is diffusers' default, saved: no SDXL autoencoder has that scale.
+    if given in (None, _SD) and any("sdxl" in known or "stable-diffusion-xl" in known for known in names):
+        return _SDXL
+    if given is not None:
+        return float(given)
+    if settings.get("latent_channels", 4) != 4:
+        raise ValueError(f"vae.scale: the config of {name} has no scaling_factor; give the scale of its latents")
+    return _SD
+
+
+def _model_name(name: str) -> str:
+    """`sdxl-vae` of a hub name, of a folder called so, of its `vae/`, or of its place in the hub's cache."""
+    parts = [part for part in Path(name).parts if part != "vae"]
+    for part in parts:
+        if part.startswith("models--"):
+            return part.split("--")[-1].lower()
+    return parts[-1].lower() if parts else ""
