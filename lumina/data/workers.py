@@ -1,0 +1,121 @@
+"""Decoding packs ahead in background processes, in order."""
+
+import multiprocessing
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lumina.data.decode import BadSampleError, decode
+from lumina.data.index import ShardReader
+
+
+@dataclass
+class RawSample:
+    """A decoded sample on its way between processes: `pixels` float32 (frames, channels, height, width)."""
+
+    # numpy, not torch: tensors would travel by shared memory, of which containers have little, and by a file
+    # descriptor each, of which a pack of many samples needs more than a process may open.
+    pixels: np.ndarray
+    caption: str | None
+    label: int | None
+
+
+@dataclass(frozen=True)
+class PackDecoder:
+    """Reads and decodes the samples of a pack; in place of a bad one stands the reason, a str."""
+
+    reader: ShardReader
+    channels: int
+    multiple: int
+
+    def __call__(self, sample_ids: list[int]) -> list[RawSample | str]:
+        """RawSample or reason for each id; `ValueError` if a shard is gone."""
+        return [self._one(sample_id) for sample_id in sample_ids]
+
+    def _one(self, sample_id: int) -> RawSample | str:
+        try:
+            decoded = decode(self.reader.read(sample_id), channels=self.channels, multiple=self.multiple)
+        except BadSampleError as error:
+            return str(error)
+        return RawSample(decoded.pixels.numpy(), decoded.caption, decoded.label)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error in a worker that is no bad sample."""
+
+    sentence: str
+    details: str
+    by_user: bool
+
+
+class _Packs(Dataset):
+    def __init__(self, decoder: PackDecoder) -> None:
+        self.decoder = decoder
+
+    def __getitem__(self, sample_ids: list[int]) -> list[RawSample | str] | _Failure:
+        # torch would pack any exception into a page of traceback; the trainer is told in a sentence.
+        try:
+            return self.decoder(sample_ids)
+        except Exception as error:  # noqa: BLE001 - nothing is swallowed: it is raised again in the trainer
+            return _Failure(str(error), traceback.format_exc(), isinstance(error, ValueError))
+
+
+def decoded_in_order(decoder: PackDecoder, packs: Iterable[list[int]], workers: int) -> Iterator[list[RawSample | str]]:
+    """Decode `packs` (lists of sample ids) one after another, `workers` processes running up to two packs ahead each.
+
+    Raises:
+        ValueError: a shard cannot be read.
+        RuntimeError: a worker died or failed otherwise.
+    """
+    if workers == 0:
+        yield from map(decoder, packs)
+        return
+    running = iter(
+        DataLoader(
+            _Packs(decoder),
+            sampler=packs,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=2,
+            multiprocessing_context=_context(),
+            # Its own, lest it draw from the trainer's random state.
+            generator=torch.Generator(),
+        )
+    )
+    try:
+        while True:
+            try:
+                result = next(running)
+            except RuntimeError as error:
+                raise RuntimeError(f"a data worker died ({str(error).splitlines()[0]})") from error
+            if isinstance(result, _Failure):
+                error = (
+                    ValueError(result.sentence)
+                    if result.by_user
+                    else RuntimeError(f"a data worker failed: {result.sentence}")
+                )
+                error.add_note(result.details)
+                raise error
+            yield result
+    finally:
+        running._shutdown_workers()
+
+
+def _as_it_is(pack: list[RawSample | str]) -> list[RawSample | str]:
+    return pack
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    # Not fork: the trainer holds CUDA and the threads of gloo, which a forked child would inherit broken.
+    # A fork server is forked from before either exists, and imports torch once for all workers.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lumina.data.workers"])
+    return context
