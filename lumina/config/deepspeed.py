@@ -1,0 +1,31 @@
+"""What DeepSpeed is told, derived from our configuration: no fact is set twice."""
+
+from typing import Any
+
+from lumina.config.schema import Config
+
+
+def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
+    """The dict for ``deepspeed.initialize``.
+
+    Args:
+        accumulation_steps: forward passes of a rank in one optimizer step.
+    """
+    bf16 = config.precision == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a forward pass takes packs, which DeepSpeed need not count
+        "gradient_accumulation_steps": accumulation_steps,
+        # ZeRO 0 in fp32 leaves clipping to our optimizer (see parallel.engine).
+        "gradient_clipping": config.train.clip_norm if config.parallel.zero_stage else 0.0,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": False,
+            # DeepSpeed gathers a parameter below this size once and keeps it whole; we want none forgotten.
+            "stage3_param_persistence_threshold": 0,
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
