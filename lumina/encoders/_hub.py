@@ -25,9 +25,9 @@ def reading(key: str, name: str, what: str, library: ModuleType) -> Iterator[Non
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
-    log.set_verbosity_error()
+    log.set_verbosity(logging.CRITICAL)  # what goes wrong is raised, once
     log.disable_progress_bar()  # of reading weights; a download still shows its own
-    hub.setLevel(logging.ERROR)
+    hub.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

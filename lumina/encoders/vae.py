@@ -175,18 +175,19 @@ class DiffusersVae(Vae):
         self._device = torch.device(device)
         self._dtype = DTYPES[config.dtype]
         path, subfolder = _locate(config.model)
-        with reading("vae.model", config.model, "AutoencoderKL", diffusers):
+        with reading("vae.model", config.model, "diffusers AutoencoderKL", diffusers):
             settings = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder)
-        kind = settings.get("_class_name", "AutoencoderKL")
+        kind = settings.get("_class_name") or settings.get("model_type") or "unknown"
         if kind != "AutoencoderKL":
-            raise ValueError(f"vae.model: {config.model} is a {kind}; only AutoencoderKL is supported")
+            raise ValueError(f"vae.model: {config.model} is of the kind {kind}; only a diffusers AutoencoderKL will do")
         latent_channels = settings.get("latent_channels", 4)
         if latent_channels != in_channels:
             raise ValueError(
                 f"vae.model: {config.model} makes latents of {latent_channels} channels but the diffusion model takes "
                 f"{in_channels}; set model.in_channels to {latent_channels} or choose another autoencoder"
             )
-        with reading("vae.model", config.model, "AutoencoderKL", diffusers):
+        self._scale, self._shift = self._scale_and_shift(config, settings)
+        with reading("vae.model", config.model, "diffusers AutoencoderKL", diffusers):
             model, report = diffusers.AutoencoderKL.from_pretrained(
                 path, subfolder=subfolder, torch_dtype=self._dtype, output_loading_info=True
             )
@@ -195,7 +196,6 @@ class DiffusersVae(Vae):
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)
         self.latent_channels = latent_channels
         self.pixel_channels = model.config.in_channels
-        self._scale, self._shift = self._scale_and_shift(config, settings)
 
     def describe(self) -> str:
         scale = "one a channel" if isinstance(self._scale, Tensor) else f"{self._scale:g}"
