@@ -97,13 +97,18 @@ def caption_of(members: Mapping[str, bytes], fields: Mapping[str, object]) -> st
     """Caption of a sample, None if it has none; `fields` is its parsed .json."""
     if "txt" in members:
         try:
-            return members["txt"].decode("utf-8").strip()
+            caption = members["txt"].decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadSampleError(f"caption is not UTF-8 (byte {error.start})") from error
-    caption = fields.get("caption")
-    if caption is not None and not isinstance(caption, str):
+    else:
+        caption = fields.get("caption")
+    if caption is None:
+        return None
+    if not isinstance(caption, str):
         raise BadSampleError(f'"caption" in .json must be text, not {type(caption).__name__}')
-    return None if caption is None else caption.strip()
+    if "\0" in caption:
+        raise BadSampleError("caption holds zero bytes, as a hole in a file leaves them")
+    return caption.strip()
 
 
 def label_of(fields: Mapping[str, object]) -> int | None:

@@ -114,6 +114,8 @@ class TarWalk:
             if tail.strip(b"\0"):
                 raise self._damage(at, f"a hole of zeros lies before more data near byte {self.size - len(tail)}")
             tail = self._read(stream, 1 << 20)
+        if self.size - at >= 2 * BLOCK + tarfile.RECORDSIZE:
+            raise self._damage(at, f"only zeros follow, {self.size - at} bytes of them: the rest of the shard was lost")
 
     def _damage(self, at: int, what: str) -> ValueError:
         return ValueError(f"shard {self.path} is damaged at byte {at}, after {self._last}: {what}")

@@ -1,0 +1,175 @@
+"""Where the numbers of a run go: RUN/metrics.jsonl, the progress line, TensorBoard, Weights & Biases."""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lumina.config.schema import Config
+
+# Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "4090": 165.0,
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Counts are of the global batch; seconds are of the whole step, data included."""
+
+    step: int
+    loss: float | None  # null where it was not finite
+    grad_norm: float | None
+    lr: float
+    samples: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    tflops_per_device: float
+    mfu: float | None
+    skipped: bool
+    epoch: int
+    data_seconds: float
+    bad_samples: int
+
+
+def peak_tflops(config: Config, device: torch.device) -> float | None:
+    """bf16 peak of one device: what the configuration says, or a known GPU's; None where neither."""
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops
+    if device.type != "cuda" or config.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+class Metrics:
+    """Writes each step's numbers. Used as a context manager; only the first rank makes one that writes."""
+
+    def __init__(self, config: Config, first_step: int, enabled: bool):
+        """Lines of steps from `first_step` on, left by a run that went further before it was cut off, are dropped."""
+        self._enabled = enabled
+        self._total = config.train.steps
+        self._first_step = first_step
+        if not enabled:
+            return
+        run_dir = Path(config.run.dir)
+        self._path = run_dir / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < first_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = self._path.open("a")
+        self._writer = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._wandb = _start_wandb(config)
+        self._console = Console(file=sys.stderr)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("", total=self._total, completed=first_step - 1, line="")
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "Metrics":
+        if self._enabled and self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._enabled:
+            return
+        self._progress.stop()
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(kind is not None))
+
+    def say(self, text: str) -> None:
+        """A sentence for the person who watches, above the progress line."""
+        if self._enabled:
+            self._console.print(text, highlight=False)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record a step."""
+        if not self._enabled:
+            return
+        values = asdict(metrics)
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {k: float(v) for k, v in values.items() if v is not None and k != "step"}
+        if self._writer:
+            for name, number in numbers.items():
+                self._writer.add_scalar(name, number, metrics.step)
+        if self._wandb:
+            self._wandb.log(numbers, step=metrics.step)
+        self._show(metrics)
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a preview that was written to `path`."""
+        if not self._enabled or not (self._writer or self._wandb):
+            return
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        if self._writer:
+            self._writer.add_image("preview", pixels, step, dataformats="HWC")
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({"preview": wandb.Image(pixels)}, step=step)
+
+    def _show(self, metrics: StepMetrics) -> None:
+        loss = "not finite, skipped" if metrics.loss is None else f"{metrics.loss:.4f}"
+        line = f"loss {loss} · {metrics.tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=metrics.step, line=line)
+        if self._console.is_terminal:
+            return
+        # In a log file: the first and last step, and one line every ten seconds between.
+        now = time.monotonic()
+        if metrics.step in (self._first_step, self._total) or now - self._last_line >= 10:
+            self._last_line = now
+            self.say(f"step {metrics.step}/{self._total} · {line}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill: dropped
+
+
+def _start_wandb(config: Config):
+    if config.log.wandb_project is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "log.wandb_project is set but wandb is not installed; run `pip install 'lumina-t2x[wandb]'` or unset it"
+        ) from None
+    run_dir = Path(config.run.dir)
+    return wandb.init(
+        project=config.log.wandb_project, name=run_dir.name, dir=str(run_dir), config=config.model_dump(by_alias=True)
+    )

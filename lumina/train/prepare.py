@@ -1,0 +1,132 @@
+"""From decoded samples to what a training step takes: latents, noise, times and conditions of one pack."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lumina.encoders.text import TextEncoder
+from lumina.encoders.vae import Vae
+from lumina.flow.loss import Objective
+from lumina.model.config import FlagDiTConfig
+from lumina.model.tokens import Captions, Layout, layout_of, pack
+from lumina.parallel.randomness import Randomness
+
+
+class TrainingSample(Protocol):
+    """What is needed of a loader's sample."""
+
+    sample_id: int
+    epoch: int
+    occurrence: int
+    key: str
+    pixels: Tensor
+    caption: str | None
+    label: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPack:
+    """One forward pass: patches t of all samples n in one sequence, and what conditions them."""
+
+    data: Float[Tensor, "t p"]
+    noise: Float[Tensor, "t p"]
+    t: Float[Tensor, "n"]
+    layout: Layout
+    captions: Captions | None
+    labels: Int[Tensor, "n"] | None
+
+    @property
+    def t_of_token(self) -> Float[Tensor, "t"]:
+        """The time of the sample each token belongs to."""
+        return self.t[self.layout.sample_id_t]
+
+    @property
+    def lengths(self) -> Int[Tensor, "n"]:
+        return torch.tensor(self.layout.lengths, device=self.data.device)
+
+
+class Preparer:
+    """Encodes samples and draws what is random about them, each draw from the sample's identity alone."""
+
+    def __init__(
+        self,
+        model: FlagDiTConfig,
+        vae: Vae,
+        text: TextEncoder | None,
+        objective: Objective,
+        randomness: Randomness,
+        caption_dropout: float,
+        device: torch.device,
+    ):
+        self._model, self._vae, self._text = model, vae, text
+        self._objective, self._randomness = objective, randomness
+        self._caption_dropout, self._device = caption_dropout, device
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> TrainingPack:
+        """
+        Raises:
+            ValueError: for a sample without the caption or label that the model is conditioned on, by key.
+        """
+        latents = [self._latents(sample) for sample in samples]
+        shapes = [tuple(latent.shape) for latent in latents]
+        noise = [
+            self._randomness.normal("noise", sample, shape) for sample, shape in zip(samples, shapes, strict=True)
+        ]
+        u = torch.tensor([self._randomness.uniform("time", sample) for sample in samples], dtype=torch.float64)
+        # The middle of the draw's last bit: a law that is infinite at 0 is never asked for it.
+        t = self._objective.draw_times(u.clamp_min(2.0**-54)).to(self._device, torch.float32)
+        layout = layout_of(shapes, self._model.patch_size, self._model.text_conditional, self._device)
+        captions, labels = self._conditions(samples)
+        return TrainingPack(
+            data=pack(latents, layout),
+            noise=pack([values.to(self._device) for values in noise], layout),
+            t=t,
+            layout=layout,
+            captions=captions,
+            labels=labels,
+        )
+
+    def _latents(self, sample: TrainingSample) -> Float[Tensor, "f c h w"]:
+        pixels = sample.pixels.to(self._device)
+        shape = (len(pixels), *self._vae.latent_shape(*pixels.shape[-2:]))
+        noise = None
+        if self._vae.factor > 1:  # pixels themselves have no posterior to draw from
+            noise = self._randomness.normal("posterior", sample, shape).to(self._device)
+        return self._vae.encode(pixels, noise)
+
+    def _conditions(self, samples: Sequence[TrainingSample]) -> tuple[Captions | None, Int[Tensor, "n"] | None]:
+        dropped = [
+            self._randomness.uniform("caption dropout", sample) < self._caption_dropout for sample in samples
+        ]
+        if self._text is not None:
+            captions = [
+                "" if drop else _required(sample, sample.caption, "caption")
+                for sample, drop in zip(samples, dropped, strict=True)
+            ]
+            features, mask = self._text(captions)
+            return Captions.from_padded(features.to(self._device), mask.to(self._device)), None
+        none = self._model.num_classes
+        labels = [
+            none if drop else self._label(sample) for sample, drop in zip(samples, dropped, strict=True)
+        ]
+        return None, torch.tensor(labels, device=self._device)
+
+    def _label(self, sample: TrainingSample) -> int:
+        label = _required(sample, sample.label, "label")
+        if not 0 <= label < self._model.num_classes:
+            raise ValueError(
+                f"sample {sample.key} has label {label}; model.num_classes={self._model.num_classes} allows "
+                f"0 to {self._model.num_classes - 1}"
+            )
+        return label
+
+
+def _required(sample: TrainingSample, value, what: str):
+    if value is None:
+        member = "a .txt member" if what == "caption" else 'a "label" in its .json member'
+        raise ValueError(f"sample {sample.key} has no {what}, on which the model is conditioned; give it {member}")
+    return value
