@@ -96,18 +96,19 @@ class ShardReader:
 
     Args:
         shards: tar files in the order of the index.
+        hashes: SHA-256 of each, as it was when the index was opened.
         starts: int64 (shards + 1,), number of the first sample of each, and the number of samples.
     """
 
-    def __init__(self, shards: Sequence[Path], starts: np.ndarray) -> None:
-        self.shards = list(shards)
+    def __init__(self, shards: Sequence[Path], hashes: Sequence[str], starts: np.ndarray) -> None:
+        self.shards, self.hashes = list(shards), list(hashes)
         self.starts = starts
         # A table is some hundred bytes a sample: those of shards in use are kept, not all.
         self._tables: OrderedDict[int, ShardIndex] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"shards": self.shards, "starts": self.starts}
+        return {"shards": self.shards, "hashes": self.hashes, "starts": self.starts}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)
@@ -149,7 +150,7 @@ class ShardReader:
     def _table(self, shard: int) -> ShardIndex:
         if shard not in self._tables:
             table = open_index(self.shards[shard]) if self.shards[shard].is_file() else None
-            if table is None or len(table) != self.starts[shard + 1] - self.starts[shard]:
+            if table is None or table.shard_sha256 != self.hashes[shard]:
                 raise ValueError(f"shard {self.shards[shard]} was removed or changed while it was in use")
             self._tables[shard] = table
             if len(self._tables) > 128:
@@ -194,7 +195,7 @@ class Index:
         columns = [np.concatenate(column) for column in zip(*(part[3] for part in parts), strict=True)]
         self.heights, self.widths, self.frames, self.caption_lengths, self.labels = columns
         starts = np.cumsum([0, *(len(part[3][0]) for part in parts)], dtype=np.int64)
-        self.reader = ShardReader([part[2] for part in parts], starts)
+        self.reader = ShardReader([part[2] for part in parts], [part[1] for part in parts], starts)
 
     @classmethod
     def open(cls, patterns: Sequence[str | Path], build_missing: bool = True) -> "Index":

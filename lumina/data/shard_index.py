@@ -81,13 +81,15 @@ def build_index(shard: str | Path) -> Path:
     if not shard.is_file():
         raise ValueError(f"shard {shard} is missing; give the path of a tar file")
     index = _scan(shard)
-    metadata = {
+    facts = {
         "version": VERSION,
-        "shard_size": str(index.shard_size),
+        "shard_size": index.shard_size,
         "shard_sha256": index.shard_sha256,
-        "extensions": json.dumps(index.extensions),
+        "extensions": index.extensions,
         "checksum": _checksum(index.columns),
     }
+    # One entry: safetensors writes several in random order, and equal shards should have equal indexes.
+    metadata = {"index": json.dumps(facts)}
     target = index_path(shard)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -119,16 +121,15 @@ def open_index(shard: Path) -> ShardIndex | None:
         return None
     try:
         with safe_open(path, framework="np") as stored:
-            metadata = stored.metadata() or {}
+            facts = json.loads((stored.metadata() or {}).get("index", "{}"))
             columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError:
+    except (SafetensorError, json.JSONDecodeError):
         return None
-    if metadata.get("version") != VERSION or metadata.get("shard_size") != str(shard_stat.st_size):
+    if facts.get("version") != VERSION or facts.get("shard_size") != shard_stat.st_size:
         return None
-    if set(columns) != set(_COLUMNS) or metadata.get("checksum") != _checksum(columns):
+    if set(columns) != set(_COLUMNS) or facts.get("checksum") != _checksum(columns):
         return None
-    extensions = tuple(json.loads(metadata["extensions"]))
-    return ShardIndex(shard, shard_stat.st_size, metadata["shard_sha256"], extensions, columns)
+    return ShardIndex(shard, shard_stat.st_size, facts["shard_sha256"], tuple(facts["extensions"]), columns)
 
 
 def _checksum(columns: Mapping[str, np.ndarray]) -> str:

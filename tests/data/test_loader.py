@@ -1,0 +1,258 @@
+"""The loader: one stream under any layout, exact resume, bad samples replaced, counted and bounded."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumina.data.index import Index
+from lumina.data.loader import Batch, Loader, bad_budget
+from lumina.data.plan import DataState
+
+COUNT = 97
+
+
+@pytest.fixture
+def make_loader(make_plan):
+    def make(folder: Path, rank: int = 0, world: int = 1, plan: dict | None = None, **options) -> Loader:
+        index = Index.open([folder])
+        options = {"channels": 1, "multiple": 4} | options
+        return Loader(index, make_plan(index, **(plan or {})), rank=rank, world=world, **options)
+
+    return make
+
+
+def take(loader: Loader, batches: int) -> list[Batch]:
+    stream = iter(loader)
+    taken = [next(stream) for _ in range(batches)]
+    stream.close()
+    return taken
+
+
+def flat(batches: list[Batch]) -> list[tuple]:
+    """Everything about each sample, pixels included."""
+    return [
+        (s.sample_id, s.epoch, s.occurrence, s.key, s.caption, s.label, s.pixels.numpy().tobytes())
+        for batch in batches
+        for pack in batch.packs
+        for s in pack
+    ]
+
+
+def global_stream(make_loader, folder: Path, world: int, workers: int, state: DataState | None, batches: int):
+    """The packs of all ranks put together again, and the state after them."""
+    ranks = [take(make_loader(folder, rank, world, workers=workers, state=state), batches) for rank in range(world)]
+    samples = []
+    for step in zip(*ranks, strict=True):
+        assert len({batch.state_after for batch in step}) == 1
+        assert len({batch.global_samples for batch in step}) == 1
+        before = len(samples)
+        for place in range(len(step[0].packs)):
+            for batch in step:
+                samples += flat([Batch([batch.packs[place]], 0, batch.state_after, 0)])
+        assert len(samples) - before == step[0].global_samples
+    return samples, ranks[0][-1].state_after
+
+
+def layouts_agree(make_loader, folder: Path, layouts: list[tuple[int, int]]) -> None:
+    whole, end = global_stream(make_loader, folder, 1, 0, None, 6)
+    assert whole[0][1] == 0
+    assert whole[-1][1] >= 1, "the test must cross the end of an epoch"
+    first_epoch = [sample[0] for sample in whole if sample[1] == 0]
+    assert sorted(first_epoch) == list(range(COUNT)), "each id exactly once"
+    half, middle = global_stream(make_loader, folder, 2, 0, None, 3)
+    assert half == whole[: len(half)]
+    assert 0 < middle.offset < COUNT, "the change must come in the middle of an epoch"
+    stored = DataState.from_dict(json.loads(json.dumps(middle.to_dict())))
+    for world, workers in layouts:
+        rest, after = global_stream(make_loader, folder, world, workers, stored, 3)
+        assert half + rest == whole, f"world {world}, workers {workers}"
+        assert after == end
+
+
+def test_one_stream_under_any_world(make_loader, make_shards) -> None:
+    layouts_agree(make_loader, make_shards(COUNT, per_shard=40), [(1, 0), (2, 0), (4, 0)])
+
+
+@pytest.mark.slow
+def test_one_stream_under_any_world_and_workers(make_loader, make_shards) -> None:
+    folder = make_shards(COUNT, per_shard=40, bad={13})
+    layouts_agree_bad = [(world, workers) for world in (1, 2, 4) for workers in (1, 2)]
+    whole, _ = global_stream(make_loader, folder, 1, 0, None, 6)
+    half, middle = global_stream(make_loader, folder, 4, 2, None, 3)
+    for world, workers in layouts_agree_bad:
+        assert half + global_stream(make_loader, folder, world, workers, middle, 3)[0] == whole
+    layouts_agree(make_loader, make_shards(COUNT, per_shard=40, name="good"), layouts_agree_bad)
+
+
+def test_workers_give_the_same_and_leave_nothing(make_loader, make_shards) -> None:
+    folder = make_shards(COUNT)
+    torch.manual_seed(3)
+    random_state = torch.get_rng_state()
+    expected = flat(take(make_loader(folder), 3))
+    loader = make_loader(folder, workers=2)
+    stream = iter(loader)
+    found = [next(stream) for _ in range(3)]
+    assert flat(found) == expected
+    assert torch.equal(torch.get_rng_state(), random_state), "the trainer's random state was touched"
+    pids = [process.pid for process in multiprocessing.active_children()]
+    assert len(pids) == 2
+    stream.close()
+    for pid in pids:
+        assert not Path(f"/proc/{pid}").exists(), "a worker outlived its loader"
+    assert flat(take(loader, 2)) == flat(take(make_loader(folder), 5)[3:]), "iterating again goes on where it stopped"
+
+
+def test_errors_in_a_worker_arrive_as_one_sentence(make_loader, make_shards) -> None:
+    folder = make_shards(COUNT)
+    stream = iter(make_loader(folder, workers=1))
+    next(stream)
+    (folder / "a-000000.tar").rename(folder / "gone")
+    loader = make_loader(make_shards(COUNT, name="b"), workers=1)
+    (folder.parent / "b" / "b-000000.tar").unlink()
+    with pytest.raises(ValueError, match=r"b-000000.tar was removed or changed") as caught:
+        next(iter(loader))
+    assert "\n" not in str(caught.value)
+    assert "Traceback" in caught.value.__notes__[0]
+    stream.close()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_reported(make_loader, make_shards) -> None:
+    stream = iter(make_loader(make_shards(COUNT), workers=1))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="a data worker died") as caught:
+        deque(itertools.islice(stream, 1000), maxlen=0)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("packs", "world", "nearest"), [(8, 3, 9), (7, 3, 6), (4, 8, 8), (5, 4, 4), (6, 4, 4), (3, 2, 2)]
+)
+def test_a_world_that_does_not_divide_is_refused(make_loader, make_shards, packs, world, nearest) -> None:
+    folder = make_shards(5)
+    message = f"global_batch_packs={packs} cannot be shared .* size of {world}; the nearest that can is {nearest}$"
+    with pytest.raises(ValueError, match=message):
+        make_loader(folder, 0, world, plan={"packs": packs})
+
+
+def test_bad_arguments_are_refused(make_loader, make_plan, make_shards) -> None:
+    folder, other = make_shards(5), make_shards(6, name="b")
+    index = Index.open([folder])
+    state = DataState.start(Index.open([other]).hash)
+    with pytest.raises(ValueError, match=f"data set has changed: .* {state.index_hash[:12]}.* {index.hash[:12]}"):
+        make_loader(folder, state=state)
+    with pytest.raises(ValueError, match="rank 2 does not lie in a world of 2"):
+        make_loader(folder, 2, 2)
+    with pytest.raises(ValueError, match=r"data.workers=-1"):
+        make_loader(folder, workers=-1)
+    with pytest.raises(ValueError, match=r"data.bad_samples=1.5"):
+        make_loader(folder, bad_samples=1.5)
+    with pytest.raises(ValueError, match="plan was made for 6 samples, the data set has 5"):
+        Loader(index, make_plan(Index.open([other])), rank=0, world=1, channels=1, multiple=4)
+
+
+# Bad samples
+
+
+def test_one_percent_is_replaced_the_same_way_and_written_down(make_loader, make_shards, tmp_path: Path) -> None:
+    bad = {17, 150}
+    folder = make_shards(200, per_shard=90, bad=bad)
+    ledger = tmp_path / "bad.jsonl"
+    loader = make_loader(folder, ledger_path=ledger)
+    first = take(loader, 30)
+    assert first[-1].state_after.epoch >= 2
+    assert first[-1].bad == 2
+    assert flat(first) == flat(take(make_loader(folder), 30)), "a rerun replaces differently"
+    samples = [sample for batch in first for pack in batch.packs for sample in pack]
+    assert not bad & {sample.sample_id for sample in samples}
+    replaced = [sample for sample in samples if sample.occurrence]
+    assert {sample.occurrence - 1 for sample in replaced} == bad
+    assert len({(s.sample_id, s.epoch, s.occurrence) for s in samples}) == len(samples), "two samples share their noise"
+    plan, index = loader._plan, loader._index
+    assert all(plan.tokens[s.sample_id] <= plan.tokens[s.occurrence - 1] for s in replaced)
+    by_key = {line["key"]: line for line in map(json.loads, ledger.read_text().splitlines())}
+    assert sorted(by_key) == ["s0017", "s0150"]
+    assert len(ledger.read_text().splitlines()) == 2, "met again in a later epoch it is not written again"
+    assert Path(by_key["s0150"]["shard"]).name == "a-000001.tar"
+    assert by_key["s0150"]["reason"].startswith("picture does not decode")
+    assert (by_key["s0150"]["sample_id"], index.key(150)) == (150, "s0150")
+
+
+def test_ranks_replace_as_one_process_does(make_loader, make_shards) -> None:
+    folder = make_shards(200, bad={17, 150})
+    assert global_stream(make_loader, folder, 2, 0, None, 12) == global_stream(make_loader, folder, 1, 0, None, 12)
+
+
+def test_twenty_percent_stops_and_names_the_last(make_loader, make_shards, tmp_path: Path) -> None:
+    folder = make_shards(200, bad=set(range(0, 200, 5)))
+    ledger = tmp_path / "bad.jsonl"
+    loader = make_loader(folder, ledger_path=ledger)
+    with pytest.raises(ValueError, match=r"samples read are bad, more than data.bad_samples=0.01 allows") as caught:
+        take(loader, 100)
+    last = json.loads(ledger.read_text().splitlines()[-1])
+    assert f"sample {last['key']} of shard {last['shard']}: picture does not decode" in str(caught.value)
+    assert loader._seen < 60, "found in the first batches, not at the end of an epoch"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_crc_is_a_bad_sample(make_loader, make_shards, tmp_path: Path) -> None:
+    folder = make_shards(50)
+    shard = folder / "a-000000.tar"
+    times = shard.stat()
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"caption of 33") + 3] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    batches = take(make_loader(folder, ledger_path=tmp_path / "l"), 8)
+    assert batches[-1].bad == 1
+    line = json.loads((tmp_path / "l").read_text())
+    assert line["key"] == "s0033"
+    assert "CRC" in line["reason"]
+
+
+def test_one_bad_sample_does_not_stop_a_small_run_but_a_share_of_none_does(make_loader, make_shards) -> None:
+    folder = make_shards(10, bad={4})
+    assert take(make_loader(folder), 20)[-1].bad == 1
+    with pytest.raises(ValueError, match=r"more than data.bad_samples=0.0 allows.*s0004"):
+        take(make_loader(folder, bad_samples=0.0), 20)
+    with pytest.raises(ValueError, match=r"2 of \d+ samples read are bad"):
+        take(make_loader(make_shards(10, bad={4, 5}, name="b")), 20)
+
+
+def test_nothing_to_stand_in_is_said(make_loader, make_shards) -> None:
+    folder = make_shards(5, bad={0, 1, 2, 3})
+    with pytest.raises(ValueError, match=r"cannot be read and no sample of at most \d+ tokens can stand in"):
+        take(make_loader(folder, bad_samples=1.0, multiple=20), 1)
+    with pytest.raises(ValueError, match="none of the 3 samples can be used"):
+        make_loader(make_shards(3, bad={0, 1, 2}, name="b"))
+
+
+def test_an_index_of_another_size_than_the_picture_is_a_bad_sample(make_loader, make_shards) -> None:
+    loader = make_loader(make_shards(30), bad_samples=1.0)
+    loader._sizes[0][:] = 12
+    with pytest.raises(ValueError, match="can stand in"):
+        take(loader, 20)
+    assert len(loader._bad) > 5
+
+
+def test_budget() -> None:
+    assert bad_budget(0.0, 1000, 1000) == 0
+    assert bad_budget(0.01, 1797, 1797) == 18
+    assert bad_budget(0.01, 10, 10) == 1
+    assert bad_budget(0.05, 100, 100) == 5
+    assert bad_budget(0.01, 1, 10**6) == 1
+    assert bad_budget(1.0, 50, 100) >= 50
+    assert bad_budget(0.01, 10_000, 10**9) == 140
+    assert next(n for n in range(1, 1000) if n // 5 > bad_budget(0.01, n, 10**6)) <= 20
