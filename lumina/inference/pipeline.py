@@ -1,0 +1,282 @@
+"""From prompts to pictures, in the manner of diffusers' pipelines."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lumina.checkpoint.load import Checkpoint, latest_checkpoint
+from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
+from lumina.config.schema import Config, FlowConfig, TextConfig, VaeConfig
+from lumina.encoders.text import TextEncoder, build_text_encoder
+from lumina.encoders.vae import Vae, build_vae
+from lumina.flow.loss import Objective
+from lumina.flow.solver import SDE_SOLVERS, sample
+from lumina.inference.images import to_images
+from lumina.model.config import FlagDiTConfig
+from lumina.model.flag_dit import FlagDiT
+from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
+
+DEFAULT_STEPS = 50
+DEFAULT_GUIDANCE = 4.0
+
+Progress = Callable[[int, int, Tensor], object]
+
+
+@dataclass(frozen=True)
+class LuminaOutput:
+    """`images`: the first frame of each sample; `frames`: all frames of each; `latents` (N, F, C, H, W)."""
+
+    frames: list[list[Image.Image]]
+    latents: Tensor
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [frames[0] for frames in self.frames]
+
+
+class LuminaPipeline:
+    """A trained Flag-DiT with the encoders and the flow it was trained with."""
+
+    def __init__(
+        self,
+        model: FlagDiT,
+        vae: Vae,
+        text_encoder: TextEncoder | None,
+        objective: Objective,
+        settings: dict[str, Any] | None = None,
+    ):
+        """`settings`: the flow, text and vae sections that describe the other arguments, for `save_pretrained`."""
+        if (text_encoder is None) == model.config.text_conditional:
+            needs = "a text encoder" if model.config.text_conditional else "no text encoder"
+            raise ValueError(f"this model is conditioned so that it needs {needs}")
+        if text_encoder is not None and text_encoder.width != model.config.cap_feat_dim:
+            raise ValueError(
+                f"the text encoder's features are {text_encoder.width} wide, the model takes "
+                f"cap_feat_dim={model.config.cap_feat_dim}; use the encoder it was trained with"
+            )
+        self.model, self.vae, self.text_encoder, self.objective = model.eval(), vae, text_encoder, objective
+        self._settings = settings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        weights: str = "ema",
+        text: TextConfig | None = None,
+        vae: VaeConfig | None = None,
+    ) -> "LuminaPipeline":
+        """Open a run (its newest checkpoint), a checkpoint, an inference folder or a public Lumina-T2I folder.
+
+        Args:
+            directory: the folder.
+            device: where to sample; a GPU if there is one.
+            dtype: of the model's weights; fp32 on a CPU and bf16 on a GPU by default.
+            weights: "ema" or "model".
+            text, vae: instead of the encoders the folder names; a public folder names none.
+
+        Raises:
+            ValueError: for a folder that is none of these, or encoders that cannot be had.
+        """
+        directory = Path(directory)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if weights not in ("ema", "model"):
+            raise ValueError(f"weights is {weights!r}; it is `ema` or `model`")
+        model, flow, own_text, own_vae = _open(directory, weights, text)
+        text, vae = text or own_text, vae or own_vae
+        settings = {"flow": flow.model_dump(), "vae": vae.model_dump()}
+        if model.config.text_conditional:
+            if text is None:
+                raise ValueError(f"{directory} does not say which text encoder it was trained with; name one")
+            settings["text"] = text.model_dump()
+        model = model.to(device, dtype)
+        return cls(
+            model,
+            build_vae(vae, model.config.in_channels, device),
+            build_text_encoder(text, device) if model.config.text_conditional else None,
+            Objective.build(**flow.model_dump()),
+            settings,
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write an inference folder: `config.json` (model, flow, text, vae) and `model*.safetensors`."""
+        if self._settings is None:
+            raise ValueError("this pipeline was built from parts that do not say how to build them again")
+        save_pretrained(self.model, Path(directory), extra=self._settings)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str] | Sequence[int],
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        *,
+        negative_prompt: str = "",
+        num_images_per_prompt: int = 1,
+        solver: str = "euler",
+        time_shift: float = 1.0,
+        callback: Progress | None = None,
+        **solver_options: Any,
+    ) -> LuminaOutput:
+        """Draw samples.
+
+        Args:
+            prompt: one or several captions; of a label-conditional model, class numbers.
+            height, width: pixels, multiples of the autoencoder's factor times the patch size; 256 by default.
+            num_frames: frames of a video, views of an object.
+            num_inference_steps: of the solvers with fixed steps; 50 by default.
+            guidance_scale: classifier-free guidance; 1 is none, 0 is unconditional.
+            generator: torch's, on the CPU; with one for each sample a sample does not depend on its batch.
+            negative_prompt: what guidance leads away from.
+            num_images_per_prompt: samples of each prompt, next to each other in the result.
+            solver, time_shift, solver_options: see `lumina.flow.solver.sample`.
+            callback: called as callback(step, steps, x) after every step.
+
+        Raises:
+            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, or
+                options that the solver does not have.
+        """
+        prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        if not prompts:
+            raise ValueError("there is no prompt to draw; give at least one")
+        if num_images_per_prompt < 1 or num_frames < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} and num_frames={num_frames} must be ≥ 1")
+        if num_frames > 1 and not self.model.config.frames:
+            raise ValueError(f"num_frames={num_frames}, but this model was built without frames; it draws one")
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        noise = self._noise(len(prompts), num_frames, height or 256, width or 256, generator)
+        conditions = self._conditions(prompts, negative_prompt, guidance_scale)
+        if num_inference_steps is None and solver not in ("dopri5", "dopri8"):
+            num_inference_steps = DEFAULT_STEPS
+        if solver in SDE_SOLVERS and generator is not None:
+            solver_options["generator"] = generator
+        latents = sample(
+            self._network(conditions, guidance_scale),
+            noise,
+            self.objective,
+            solver=solver,
+            steps=num_inference_steps,
+            time_shift=time_shift,
+            callback=callback,
+            **solver_options,
+        )
+        pixels = self.vae.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return LuminaOutput([to_images(frames) for frames in pixels], latents)
+
+    def _noise(
+        self, count: int, frames: int, height: int, width: int, generator: torch.Generator | Sequence | None
+    ) -> Tensor:
+        multiple = self.vae.factor * self.model.config.patch_size
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {multiple} pixels "
+                f"(autoencoder {self.vae.factor} × patch {self.model.config.patch_size})"
+            )
+        shape = (frames, *self.vae.latent_shape(height, width))
+        if isinstance(generator, Sequence):
+            if len(generator) != count:
+                raise ValueError(f"{len(generator)} generators for {count} samples; give one, or one for each")
+            noise = torch.stack([torch.randn(shape, generator=each) for each in generator])
+        else:
+            noise = torch.randn((count, *shape), generator=generator)
+        return noise.to(next(self.model.parameters()).device)
+
+    def _conditions(self, prompts: list, negative_prompt: str, guidance: float) -> dict[str, Tensor]:
+        """Of the samples, then, where guidance needs them, of the negative prompt or the class "none"."""
+        guided = guidance != 1.0
+        if self.text_encoder is not None:
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("this model is text-conditional: prompts are sentences")
+            captions = prompts + [negative_prompt] * len(prompts) * guided
+            features, mask = self.text_encoder(captions)
+            return {"cap_feats": features, "cap_mask": mask}
+        if negative_prompt:
+            raise ValueError("a label-conditional model takes no negative_prompt")
+        none = self.model.config.num_classes
+        labels = [self._label(prompt) for prompt in prompts] + [none] * len(prompts) * guided
+        return {"labels": torch.tensor(labels, device=next(self.model.parameters()).device)}
+
+    def _label(self, prompt: str | int) -> int:
+        classes = self.model.config.num_classes
+        try:
+            label = int(prompt)
+        except ValueError:
+            label = -1
+        if not 0 <= label < classes:
+            raise ValueError(f"this model is label-conditional: a prompt is a class from 0 to {classes - 1}, not {prompt!r}")
+        return label
+
+    def _network(self, conditions: dict[str, Tensor], guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+        dtype = next(self.model.parameters()).dtype
+
+        def unguided(x: Tensor, t: Tensor) -> Tensor:
+            return self.model(x, t.float(), **conditions)
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            out = self.model.forward_with_cfg(
+                torch.cat((x, x)), torch.cat((t, t)).float(), cfg_scale=guidance, **conditions
+            )
+            return out[: len(x)]
+
+        if "cap_feats" in conditions:
+            conditions["cap_feats"] = conditions["cap_feats"].to(dtype)
+        return unguided if guidance == 1.0 else guided
+
+
+def _open(
+    directory: Path, weights: str, text: TextConfig | None
+) -> tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig]:
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder; give a run, a checkpoint or an inference folder")
+    if (directory / MANIFEST).is_file():
+        return _open_checkpoint(Checkpoint(directory), weights)
+    checkpoint = latest_checkpoint(directory)
+    if checkpoint is not None:
+        return _open_checkpoint(checkpoint, weights)
+    if (directory / "checkpoints").is_dir() or (directory / "config.yaml").is_file():
+        raise ValueError(f"{directory} is a run without a complete checkpoint yet; train it further")
+    model = load_pretrained(directory, None, weights)
+    if not (directory / "config.json").is_file():  # public weights, trained with the SD autoencoder
+        return model, FlowConfig(), text, VaeConfig(model="stabilityai/sd-vae-ft-ema")
+    config = read_config(directory)
+    try:
+        flow = FlowConfig.model_validate(config.get("flow", {}))
+        own_text = TextConfig.model_validate(config["text"]) if "text" in config else None
+        return model, flow, own_text, VaeConfig.model_validate(config.get("vae", {}))
+    except ValueError as error:
+        raise ValueError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig]:
+    config = checkpoint.config
+    kind = EMA if weights == "ema" else WEIGHTS
+    model = build(model_config(config), checkpoint.state_dict(kind), str(checkpoint.directory))
+    return model, config.flow, config.text, config.vae
+
+
+def model_config(config: Config) -> FlagDiTConfig:
+    """The model's sizes in a run's configuration.
+
+    Raises:
+        ValueError: for sizes that do not fit together, and where `text` is given to a label-conditional model or
+            missing for a text-conditional one.
+    """
+    sizes = FlagDiTConfig.from_dict(config.model)
+    if sizes.text_conditional and config.text is None:
+        raise ValueError("text is missing: a text-conditional model needs an encoder, as `text: {encoder: bytes}`")
+    if not sizes.text_conditional and config.text is not None:
+        raise ValueError("text is given, but model.num_classes makes the model label-conditional; remove one of them")
+    return sizes

@@ -1,0 +1,267 @@
+"""The life of a run: assemble, resume, step, save, show."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lumina.checkpoint.load import Checkpoint, latest_checkpoint
+from lumina.checkpoint.manifest import EMA as EMA_WEIGHTS
+from lumina.checkpoint.manifest import WEIGHTS
+from lumina.checkpoint.save import Piece, save_checkpoint
+from lumina.config.load import dump_config
+from lumina.config.schema import Config
+from lumina.data.loader import Loader, Sample
+from lumina.data.plan import DataState
+from lumina.model.flag_dit import FlagDiT
+from lumina.model.flops import forward_flops
+from lumina.model.pretrained import build
+from lumina.parallel.engine import Engine
+from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
+from lumina.parallel.randomness import Randomness
+from lumina.train.assemble import assemble, first_then_others, prepare_run_folder
+from lumina.train.ema import EMA
+from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
+from lumina.train.prepare import Preparer, TrainingPack
+from lumina.train.preview import draw_preview
+from lumina.train.schedule import learning_rate
+from lumina.train.step import train_step
+
+
+def train(config: Config) -> None:
+    """Run `config` to its last step, from its newest checkpoint if it has one.
+
+    Raises:
+        ValueError: for whatever in the configuration, the data or the run's folder does not fit; nothing is then
+            written.
+        RuntimeError: where too many steps in a row are not finite.
+    """
+    mesh = open_mesh(config.parallel, config.precision)
+    try:
+        Trainer(config, mesh).run()
+    finally:
+        close_mesh()
+
+
+class Trainer:
+    """One run on this process. Every rank makes one and does the same, but for its own packs."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.run_dir = Path(config.run.dir)
+        self.parts = assemble(config, mesh)
+        checkpoint = latest_checkpoint(self.run_dir)
+        if checkpoint is not None:
+            _check_same_run(config, checkpoint)
+        self.step = checkpoint.manifest.step if checkpoint else 0
+        state = DataState.from_dict(checkpoint.manifest.data) if checkpoint else None
+        self.loader = Loader(
+            self.parts.index,
+            self.parts.plan,
+            rank=mesh.data_rank,
+            world=mesh.data_size,
+            channels=self.parts.vae.pixel_channels,
+            multiple=self.parts.multiple,
+            workers=config.data.workers,
+            bad_samples=config.data.bad_samples,
+            state=state,
+            ledger_path=self.run_dir / "bad_samples" / f"rank_{mesh.world.rank:05d}.jsonl",
+            seed=config.run.seed,
+        )
+        self.preparer = Preparer(
+            self.parts.model,
+            self.parts.vae,
+            self.parts.text,
+            self.parts.objective,
+            Randomness(config.run.seed),
+            config.data.caption_dropout,
+            mesh.device,
+        )
+        model = self._initial_model(checkpoint)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.engine = Engine(model, config, mesh, self.parts.accumulation_steps)
+        self.ema = EMA(self.engine.fragments, config.train.ema_decay)
+        if checkpoint is not None:
+            self.engine.restore(
+                lambda kind, f: checkpoint.read(kind, f.name, f.start, f.numel), checkpoint.manifest.optimizer_steps
+            )
+            self.ema.restore(lambda f: checkpoint.read(EMA_WEIGHTS, f.name, f.start, f.numel))
+        self._stop_asked = False
+        self._saved_step = self.step
+
+    def _initial_model(self, checkpoint: Checkpoint | None) -> FlagDiT:
+        if checkpoint is not None:
+            return build(self.parts.model, checkpoint.state_dict(WEIGHTS), str(checkpoint.directory))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.run.seed)
+            return FlagDiT(self.parts.model)
+
+    def run(self) -> None:
+        """From the present step to the last."""
+        first_then_others(self.mesh, lambda first: prepare_run_folder(self.run_dir) if first else None)
+        if self.mesh.is_first:
+            (self.run_dir / "config.yaml").write_text(dump_config(self.config))
+        previous = {name: signal.signal(name, self._ask_to_stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with Metrics(self.config, self.step + 1, enabled=self.mesh.is_first) as metrics:
+                self._introduce(metrics)
+                self._train(metrics)
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+    def _introduce(self, metrics: Metrics) -> None:
+        plan, parts = self.parts.plan, self.parts
+        parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        metrics.say(
+            f"Flag-DiT with {parameters:,} parameters · {len(parts.index):,} samples · "
+            f"{self.config.train.global_batch_packs} packs of {plan.tokens_per_pack:,} tokens a step "
+            f"({plan.waste(self.loader.state, batches=20):.1%} unused) · {self.mesh.data_size} ranks, "
+            f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision}"
+        )
+        if self.step >= self.config.train.steps:
+            metrics.say(f"{self.run_dir} is at step {self.step} of {self.config.train.steps}: nothing to do")
+        elif self.step:
+            metrics.say(f"resuming {self.run_dir} after step {self.step}")
+
+    def _train(self, metrics: Metrics) -> None:
+        config, skipped_in_a_row = self.config, 0
+        batches = iter(self.loader)
+        while self.step < config.train.steps:
+            self.step += 1
+            started = time.perf_counter()
+            batch = next(batches)
+            packs = list(self._prepared(batch.packs))
+            data_seconds = time.perf_counter() - started
+            rate = learning_rate(config.train, self.step)
+            result = train_step(
+                self.engine,
+                self.ema,
+                self.parts.objective,
+                packs,
+                global_samples=batch.global_samples,
+                learning_rate=rate,
+                step=self.step,
+            )
+            tokens = sum(sum(pack.layout.lengths) for pack in packs)
+            flops = sum(self._flops(pack) for pack in packs)
+            loss, tokens, flops, bad, stop = self.mesh.sum(
+                [result.loss_share, tokens, flops, batch.bad, self._stop_asked]
+            )
+            seconds = time.perf_counter() - started
+            tflops = flops / seconds / self.mesh.world.size / 1e12
+            peak = peak_tflops(config, self.mesh.device)
+            metrics.write(
+                StepMetrics(
+                    step=self.step,
+                    loss=loss if math.isfinite(loss) else None,
+                    grad_norm=result.outcome.grad_norm if math.isfinite(result.outcome.grad_norm) else None,
+                    lr=rate,
+                    samples=batch.global_samples,
+                    tokens=int(tokens),
+                    seconds=seconds,
+                    tokens_per_second=tokens / seconds,
+                    tflops_per_device=tflops,
+                    mfu=tflops / peak if peak else None,
+                    skipped=result.outcome.skipped,
+                    epoch=batch.state_after.epoch,
+                    data_seconds=data_seconds,
+                    bad_samples=int(bad),
+                )
+            )
+            skipped_in_a_row = skipped_in_a_row + 1 if result.outcome.skipped else 0
+            if skipped_in_a_row >= config.train.skipped_steps_limit:
+                raise RuntimeError(
+                    f"{skipped_in_a_row} steps in a row (to step {self.step}) had a loss or gradients that are not "
+                    "finite and were skipped; lower train.learning_rate or look at the data, then resume"
+                )
+            last = self.step == config.train.steps
+            if stop or last or self.step % config.checkpoint.every == 0:
+                self._save(batch.state_after)
+            if config.preview.every and (last or self.step % config.preview.every == 0):
+                self._preview(metrics)
+            if stop:
+                metrics.say(f"asked to stop: saved after step {self.step}; the same command goes on from there")
+                return
+
+    def _prepared(self, packs: list[list[Sample]]) -> Iterator[TrainingPack]:
+        at_once = self.config.train.packs_per_forward
+        for first in range(0, len(packs), at_once):
+            yield self.preparer([sample for pack in packs[first : first + at_once] for sample in pack])
+
+    def _flops(self, pack: TrainingPack) -> int:
+        captions = pack.captions.lengths if pack.captions is not None else ()
+        return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions)
+
+    def _save(self, data: DataState) -> None:
+        save_checkpoint(
+            self.run_dir,
+            self.step,
+            self._pieces(),
+            config=self.config,
+            optimizer_steps=self.engine.optimizer_steps,
+            data=data.to_dict(),
+            mesh=self.mesh,
+        )
+
+    def _pieces(self) -> Iterator[Piece]:
+        """What this rank writes; where every rank holds everything (ZeRO 0), the first writes it."""
+        if self.mesh.is_first:
+            for name, values in self.engine.frozen.items():
+                for kind in (WEIGHTS, EMA_WEIGHTS):
+                    yield Piece(kind, name, tuple(values.shape), 0, values.reshape(-1))
+        if self.config.parallel.zero_stage == 0 and not self.mesh.is_first:
+            return
+        for fragment, average in zip(self.engine.fragments, self.ema.values, strict=True):
+            contents = {WEIGHTS: fragment.master, EMA_WEIGHTS: average, **self.engine.moments(fragment)}
+            for kind, values in contents.items():
+                yield Piece(kind, fragment.name, fragment.shape, fragment.start, values)
+
+    def _preview(self, metrics: Metrics) -> None:
+        weights = self._averaged_weights()
+        if weights is not None:
+            path = draw_preview(self.config, self.parts, weights, self.step, self.mesh.device)
+            metrics.picture(path, self.step)
+
+    def _averaged_weights(self) -> dict[str, Tensor] | None:
+        """The EMA weights, whole, on the first rank."""
+        mine = zip(self.engine.fragments, self.ema.values, strict=True)
+        by_name = {fragment.name: (fragment, values) for fragment, values in mine}
+        replicated = self.config.parallel.zero_stage == 0
+        weights = {}
+        for name, shape in self.shapes.items():
+            if name in self.engine.frozen:
+                weights[name] = self.engine.frozen[name]
+                continue
+            whole = torch.zeros(shape, device=self.mesh.device)
+            if name in by_name and (self.mesh.is_first or not replicated):
+                fragment, values = by_name[name]
+                whole.view(-1)[fragment.start : fragment.start + fragment.numel] = values
+            if not replicated:
+                self.mesh.sum_to_first(whole)
+            weights[name] = whole
+        return weights if self.mesh.is_first else None
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        if self._stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self._stop_asked = True
+
+
+def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse to resume what would silently be another run."""
+    before = checkpoint.config
+    if before.run.seed != config.run.seed:
+        raise ValueError(
+            f"run.seed={config.run.seed}, but {config.run.dir} was started with {before.run.seed}, on which the order "
+            "of its data depends; resume with that seed, or name another run.dir"
+        )
+    if before.flow.path != config.flow.path or before.flow.prediction != config.flow.prediction:
+        raise ValueError(
+            f"flow is {config.flow.path}/{config.flow.prediction}, but {config.run.dir} was trained on "
+            f"{before.flow.path}/{before.flow.prediction}; name another run.dir"
+        )

@@ -1,0 +1,36 @@
+"""Pictures of fixed prompts during training, drawn with the averaged weights."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lumina.config.schema import Config
+from lumina.inference.images import contact_sheet
+from lumina.inference.pipeline import LuminaPipeline
+from lumina.model.pretrained import build
+from lumina.train.assemble import Parts
+
+
+def draw_preview(config: Config, parts: Parts, weights: dict[str, Tensor], step: int, device: torch.device) -> Path:
+    """Write RUN/previews/step_NNNNNNNN.png: a row a prompt, the same noise at every step."""
+    preview = config.preview
+    model = build(parts.model, weights, "the averaged weights").to(device)
+    pipeline = LuminaPipeline(model, parts.vae, parts.text, parts.objective)
+    count = len(preview.prompts) * preview.per_prompt
+    output = pipeline(
+        preview.prompts,
+        preview.height,
+        preview.width,
+        preview.frames,
+        None if preview.solver in ("dopri5", "dopri8") else preview.steps,
+        preview.guidance,
+        [torch.Generator().manual_seed(seed) for seed in range(count)],
+        num_images_per_prompt=preview.per_prompt,
+        solver=preview.solver,
+    )
+    frames = [image for frames in output.frames for image in frames]
+    path = Path(config.run.dir) / "previews" / f"step_{step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    contact_sheet(frames, columns=preview.per_prompt * preview.frames).save(path)
+    return path
