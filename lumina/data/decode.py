@@ -67,14 +67,12 @@ def decode(members: Mapping[str, bytes], *, channels: int, multiple: int) -> Dec
     """
     if channels not in (1, 3):
         raise ValueError(f"pictures decode to 1 or 3 channels, not {channels}")
-    unit = _to_unit(_load(_image_member(members)), channels)
-    height, width = unit.shape[:2]
-    rows, columns = (int(side) for side in cropped_size(height, width, multiple))
+    image = _load(_image_member(members))
+    rows, columns = (int(side) for side in cropped_size(image.height, image.width, multiple))
     if rows == 0:
-        raise BadSampleError(f"picture of {height}×{width} pixels is smaller than {multiple}×{multiple}")
-    top, left = (height - rows) // 2, (width - columns) // 2
-    crop = unit[top : top + rows, left : left + columns] * 2 - 1
-    pixels = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        raise BadSampleError(f"picture of {image.height}×{image.width} pixels is smaller than {multiple}×{multiple}")
+    left, top = (image.width - columns) // 2, (image.height - rows) // 2
+    pixels = _to_pixels(image.crop((left, top, left + columns, top + rows)), channels)
     fields = parse_json(members)
     return Decoded(pixels.unsqueeze(0), caption_of(members, fields), label_of(fields))
 
@@ -174,15 +172,15 @@ def _unreadable(error: Exception) -> BadSampleError:
     return BadSampleError(f"picture does not decode ({re.sub(' <.*>', '', first_line)})")
 
 
-def _to_unit(image: Image.Image, channels: int) -> np.ndarray:
-    """Any Pillow mode → float32 (height, width, channels) in [0, 1]."""
-    if image.mode.startswith("I") or image.mode == "F":
+def _to_pixels(image: Image.Image, channels: int) -> Float[Tensor, "c h w"]:
+    """Any Pillow mode → float32 in [-1, 1]."""
+    if image.mode.startswith("I"):
         # 16-bit grey; Pillow would clip it to 8 bits instead of scaling it.
-        grey = np.asarray(image).astype(np.float32) / 65535
-        return np.repeat(np.clip(grey, 0, 1)[..., None], channels, axis=2)
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        grey = torch.from_numpy(np.asarray(image).astype(np.float32)).clamp_(0, 65535)
+        return grey.div_(32767.5).sub_(1).repeat(channels, 1, 1)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    grey_or_rgb = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return grey_or_rgb.reshape(image.height, image.width, channels).astype(np.float32) / 255
+    levels = np.array(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+    return torch.from_numpy(levels).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)

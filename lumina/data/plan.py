@@ -92,8 +92,8 @@ class Plan:
         self.tokens_per_pack = tokens_per_pack
         self.global_batch_packs = global_batch_packs
         self._order_fn = order_fn
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        size = len(order_fn(0))
+        order = np.asarray(order_fn(0))
+        size = len(order)
         if size == 0:
             raise ValueError("there is nothing to plan: the data set holds no samples")
         lengths = np.asarray(tokens_of(np.arange(size, dtype=np.int64)))
@@ -117,6 +117,7 @@ class Plan:
         middle = len(usable_lengths) // 2
         # int32: at ten million samples this array is what planning costs in memory.
         self.tokens = np.where(self.usable, lengths, np.partition(usable_lengths, middle)[middle]).astype(np.int32)
+        self._orders = {0: (order, np.cumsum(self.tokens[order], dtype=np.int64))}
 
     def __len__(self) -> int:
         """Samples of one epoch."""
