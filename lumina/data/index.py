@@ -77,18 +77,18 @@ def index_shards(patterns: Sequence[str | Path], progress: Callable[[int, int], 
         progress: called with (shards done, shards in all) after each shard.
 
     Returns:
-        Number of shards, already indexed ones included. Interrupted, it goes on where it was.
+        Number of samples in all the shards. Interrupted, it goes on where it was.
 
     Raises:
         ValueError: a shard is missing or damaged.
     """
     shards = find_shards(patterns)
-    for done, shard in enumerate(shards, 1):
-        if open_index(shard) is None:
-            build_index(shard)
+    samples = 0
+    for done, table in enumerate(_tables(shards, build_missing=True), 1):
+        samples += len(table)
         if progress is not None:
             progress(done, len(shards))
-    return len(shards)
+    return samples
 
 
 class ShardReader:

@@ -191,6 +191,7 @@ class Loader:
                 "sample_id": place.sample_id,
                 "epoch": place.epoch,
             }
+            self._ledger.parent.mkdir(parents=True, exist_ok=True)
             with self._ledger.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         seen = min(self._seen, len(self._index))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def build_index(shard: str | Path) -> Path:
     # One entry: safetensors writes several in random order, and equal shards should have equal indexes.
     metadata = {"index": json.dumps(facts)}
     target = index_path(shard)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as stream:
             stream.write(save(dict(index.columns), metadata))

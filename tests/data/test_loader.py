@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused(make_loader, make_plan, make_shards) -> None:
 def test_one_percent_is_replaced_the_same_way_and_written_down(make_loader, make_shards, tmp_path: Path) -> None:
     bad = {17, 150}
     folder = make_shards(200, per_shard=90, bad=bad)
-    ledger = tmp_path / "bad.jsonl"
+    ledger = tmp_path / "run" / "bad" / "rank.jsonl"
     loader = make_loader(folder, ledger_path=ledger)
     first = take(loader, 30)
     assert first[-1].state_after.epoch >= 2
