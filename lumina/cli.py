@@ -1,0 +1,183 @@
+"""The `lumina` command. One thin function a verb; torch and the rest of the house are imported inside it."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Examples in every help, nearest option in every error, no abbreviations."""
+
+    def __init__(self, *args, example: str = "", **kwargs):
+        super().__init__(
+            *args,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            epilog=f"example:\n  {example}" if example else None,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown and unknown.group(1).startswith("-"):
+            close = difflib.get_close_matches(unknown.group(1).split("=")[0], list(self._option_string_actions), n=1)
+            message = f"unknown option {unknown.group(1)}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lumina import __version__
+
+    parser = _Parser(
+        prog="lumina",
+        description="Train Flag-DiT, a flow-matching diffusion transformer, and sample from it.",
+        example="lumina data digits data/digits && lumina train configs/digits.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"lumina {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    train = verbs.add_parser(
+        "train",
+        help="train a model, or go on with a run",
+        description="Train the run that CONFIG describes. A run that exists goes on from its newest checkpoint. "
+        "Started by torchrun, deepspeed or srun, each process takes its part.",
+        example="lumina train configs/digits.yaml train.steps=500 run.dir=runs/short",
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
+    # DeepSpeed's launcher adds it unless told --no_local_rank; the environment has it already.
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    train.set_defaults(run=_train)
+
+    sample = verbs.add_parser(
+        "sample",
+        help="draw samples from prompts",
+        description="Draw N samples of each prompt and write them, with samples.json and sheet.png, into a folder. "
+        "MODEL is a run, a checkpoint, an inference folder or a public Lumina-T2I folder.",
+        example='lumina sample runs/digits --prompt "a handwritten digit seven" --count 8 --height 8 --width 8 '
+        "--out samples",
+    )
+    sample.add_argument("model", metavar="MODEL")
+    sample.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one or several prompts")
+    sample.add_argument("--prompts-file", metavar="F", help="a file with a prompt on each line")
+    sample.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    sample.add_argument("--count", type=int, default=1, metavar="N", help="samples of each prompt (default 1)")
+    sample.add_argument("--height", type=int, default=256, help="pixels (default 256)")
+    sample.add_argument("--width", type=int, default=256, help="pixels (default 256)")
+    sample.add_argument("--frames", type=int, default=1, help="frames of a video, views of an object (default 1)")
+    sample.add_argument("--steps", type=int, help="of the solver (default 50); the adaptive solvers take none")
+    sample.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (default 4; 1 is none)")
+    sample.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
+    sample.add_argument("--solver", default="euler", help="euler (default), midpoint, heun, rk4, dopri5, dopri8, …")
+    sample.add_argument("--time-shift", type=float, default=1.0, metavar="M", help="shift of the time grid (default 1)")
+    sample.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next (default 0)")
+    sample.add_argument("--batch-size", type=int, default=16, help="samples drawn at once (default 16)")
+    sample.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged (default) or last weights")
+    sample.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32 on a CPU, else bf16)")
+    sample.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    sample.add_argument("--text-encoder", metavar="NAME", help="for a public folder, which does not name its own")
+    sample.add_argument("--vae", metavar="NAME", help="in place of the autoencoder that the folder names")
+    sample.set_defaults(run=_sample)
+
+    data = verbs.add_parser(
+        "data",
+        help="make and index data",
+        description="Make small real data sets that need no download, and index shards.",
+        example="lumina data digits data/digits",
+    )
+    recipes = data.add_subparsers(dest="recipe", required=True, metavar="WHAT", parser_class=_Parser)
+    digits = recipes.add_parser(
+        "digits",
+        help="scikit-learn's 1,797 handwritten digits with captions",
+        description="Write scikit-learn's 1,797 handwritten digits with captions as webdataset shards and their index.",
+        example="lumina data digits data/digits",
+    )
+    digits.add_argument("out", metavar="OUT", help="a new or empty folder")
+    digits.set_defaults(run=_data_digits)
+    index = recipes.add_parser(
+        "index",
+        help="index shards",
+        description="Read shards (tar files, folders of them, or patterns), check them and write an index beside each.",
+        example="lumina data index 'data/photos/*.tar'",
+    )
+    index.add_argument("shards", nargs="+", metavar="SHARDS")
+    index.set_defaults(run=_data_index)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from lumina.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from lumina.train.loop import train
+
+    train(config)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from lumina.inference.draw import draw
+
+    draw(arguments)
+
+
+def _data_digits(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.digits import write_digits
+
+    summary = write_digits(arguments.out)
+    print(f"{summary.samples:,} digits in {summary.shards} shards under {arguments.out}")
+
+
+def _data_index(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lumina.data.index import index_shards
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task("indexing", total=None)
+        count = index_shards(arguments.shards, lambda done, total: progress.update(task, completed=done, total=total))
+    print(f"{count:,} samples indexed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    return _guarded(parsed.run, parsed)
+
+
+def _guarded(verb: Callable[[argparse.Namespace], None], parsed: argparse.Namespace) -> int:
+    try:
+        verb(parsed)
+    except KeyboardInterrupt:
+        print("lumina: interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception as error:  # the one place where errors become exit codes
+        if parsed.debug:
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" rank {rank}:"
+        if isinstance(error, ValueError):
+            print(f"lumina {parsed.verb}:{where} {_one_line(error)}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        kind = "" if isinstance(error, RuntimeError | OSError) else f"{type(error).__name__}: "
+        hint = "" if parsed.debug else " (--debug shows where)"
+        print(f"lumina {parsed.verb}:{where} {kind}{_one_line(error)}{hint}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())
