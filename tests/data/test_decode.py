@@ -128,12 +128,15 @@ def test_what_is_no_picture_is_refused() -> None:
     good = stored(Image.fromarray(GREY))["png"]
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
+    gif = io.BytesIO()
+    Image.fromarray(GREY).save(gif, "GIF")
     frames = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in (0, 255)]
     for members, message in (
         ({"png": good[: len(good) // 2]}, "does not decode"),
         ({"png": bytes(flipped)}, "does not decode"),
         ({"png": b""}, "does not decode"),
         ({"jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n"}, "does not decode"),
+        ({"png": gif.getvalue()}, "does not decode"),
         (stored(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "an animation of 2 frames"),
         ({"txt": b"x"}, "needs one picture .* found none"),
         ({"png": good, "jpg": good}, r"found \['jpg', 'png'\]"),
