@@ -177,6 +177,12 @@ def test_features_are_those_of_a_direct_call(models, family, layer):
         torch.testing.assert_close(features[number, : len(tokens)], expected[0], rtol=1e-4, atol=1e-5)
 
 
+def test_any_unicode(models):
+    features, mask = build(models("llama")[0])(["\ud800 lone surrogate", "\0"])
+    assert features.isfinite().all()
+    assert mask.sum(1).tolist() == [1 + len("? lone surrogate"), 2]
+
+
 @pytest.mark.parametrize("family", ["llama", "t5", "clip"])
 def test_features_do_not_depend_on_the_batch(models, family):
     encoder = build(models(family)[0])

@@ -185,6 +185,8 @@ def test_inputs_of_other_shapes(saved):
     vae = build(saved[0])
     with pytest.raises(ValueError, match=r"multiples of 4 pixels, not 30 × 24"):
         vae.encode(torch.zeros(1, 3, 30, 24), None)
+    with pytest.raises(ValueError, match=r"multiples of 4 pixels, not 32 × 22"):
+        vae.encode(torch.zeros(1, 3, 32, 22), None)
     with pytest.raises(ValueError, match=r"pixels \(N, 3, H, W\)"):
         vae.encode(torch.zeros(1, 1, 8, 8), None)
     with pytest.raises(ValueError, match=r"latents' shape \(1, 4, 2, 2\), not \(1, 4, 8, 8\)"):
@@ -230,6 +232,23 @@ def test_damaged_folders(saved, tmp_path, capfd, damage, changes, told):
         build(folder)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_pytorch_weights_without_code(saved, tmp_path, images):
+    folder = copy(saved, tmp_path / "a")
+    weights_of(folder).unlink()
+    path = folder / "diffusion_pytorch_model.bin"
+    torch.save(saved[1].state_dict(), path)
+    assert torch.equal(build(folder).encode(images, None), build(saved[0]).encode(images, None))
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(folder / "ran"), "w"))
+
+    torch.save({"weight": Trap()}, path)
+    with pytest.raises(ValueError, match="no readable diffusers AutoencoderKL"):
+        build(folder)
+    assert not (folder / "ran").exists()
 
 
 @pytest.mark.parametrize(
