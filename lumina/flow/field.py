@@ -81,7 +81,7 @@ class Field:
         """t at s, and dt/ds."""
         if self.backwards:
             s = 1 - s
-        denominator = s + self.shift - self.shift * s
+        denominator = s + self.shift * (1 - s)
         span = self.end - self.start
         slope = span * self.shift / denominator**2
         return self.start + span * s / denominator, -slope if self.backwards else slope

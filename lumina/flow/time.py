@@ -47,7 +47,8 @@ def shift_time(t: Float[Tensor, "*n"], m: float) -> Float[Tensor, "*n"]:
         ValueError: for m that is not a positive number.
     """
     check_shift(m)
-    return t / (t + m - m * t)
+    # With m·(1 − t) in one piece 1 maps onto 1 exactly.
+    return t / (t + m * (1 - t))
 
 
 def default_epsilon(path: Path, prediction: str, stage: str, *, sde: bool = False) -> float:

@@ -95,14 +95,14 @@ def _kinds(shape: Shape, patch_size: int, nextline: bool) -> Int[Tensor, "t"]:
     return frame.repeat(frames)[:-1]
 
 
-def pack(samples: Sequence[Float[Tensor, "f c h w"]], layout: Layout) -> Float[Tensor, "t p"]:
+def pack(samples: Sequence[Float[Tensor, "_f _c _h _w"]], layout: Layout) -> Float[Tensor, "t p"]:
     """The samples' patches at their places in the pack; rows of learned tokens are zero."""
     patches = torch.cat([_patchify(sample, layout.patch_size) for sample in samples])
     rows = patches.new_zeros(len(layout.kind_t), patches.shape[1])
     return rows.index_copy(0, layout.patch_index, patches)
 
 
-def unpack(rows: Float[Tensor, "t p"], layout: Layout) -> list[Float[Tensor, "f c h w"]]:
+def unpack(rows: Float[Tensor, "t p"], layout: Layout) -> list[Float[Tensor, "_f _c _h _w"]]:
     """The inverse of `pack`; rows of learned tokens are dropped."""
     p = layout.patch_size
     counts = [f * (h // p) * (w // p) for f, _, h, w in layout.shapes]
