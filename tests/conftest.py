@@ -8,3 +8,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 from jaxtyping import install_import_hook
 
 install_import_hook("lumina", "beartype.beartype")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with the digit shards, written once."""
+    from lumina.data.recipes.digits import write_digits
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(folder)
+    return folder

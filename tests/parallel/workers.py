@@ -1,0 +1,60 @@
+"""Running a function on several gloo ranks, each a process of its own."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+    """`function(rank, *arguments)` on `world` processes; what each returned, by rank.
+
+    Raises:
+        AssertionError: with the first traceback, where any rank failed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(queue, rank, world, port, function, arguments)) for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    results: dict[int, Any] = {}
+    failures = []
+    for _ in range(world):
+        rank, result, failure = queue.get()
+        results[rank] = result
+        if failure:
+            failures.append(f"rank {rank}:\n{failure}")
+            for process in ranks:
+                process.terminate()
+            break
+    for process in ranks:
+        process.join(timeout)
+    assert not failures, failures[0]
+    return [results[rank] for rank in range(world)]
+
+
+def _rank(queue, rank: int, world: int, port: int, function: Callable, arguments: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, function(rank, *arguments), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+        raise
