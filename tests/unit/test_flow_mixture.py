@@ -238,5 +238,5 @@ def test_a_trained_network_samples_the_mixture(trained, index):
         solver="midpoint",
         epsilon=TRAINED[index].get("epsilon"),
     )
-    print(TRAINED[index], round(distance(points, TRUTH), 3), round(spread_of(points), 3))
+
     assert distance(points, TRUTH) < 0.2
