@@ -1,9 +1,12 @@
 """Decoding packs ahead in background processes, in order."""
 
 import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -81,6 +84,7 @@ def decoded_in_order(decoder: PackDecoder, packs: Iterable[list[int]], workers: 
             sampler=packs,
             batch_size=None,
             collate_fn=_as_it_is,
+            worker_init_fn=_end_with_the_trainer,
             num_workers=workers,
             prefetch_factor=2,
             multiprocessing_context=_context(),
@@ -105,6 +109,18 @@ def decoded_in_order(decoder: PackDecoder, packs: Iterable[list[int]], workers: 
             yield result
     finally:
         running._shutdown_workers()
+
+
+def _end_with_the_trainer(_: int) -> None:
+    # torch's own watch looks for a change of the parent process, but a worker's parent is the fork server, which lives
+    # as long as its workers do: without this a killed trainer would leave both behind for ever.
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
 
 
 def _as_it_is(pack: list[RawSample | str]) -> list[RawSample | str]:

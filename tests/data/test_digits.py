@@ -41,6 +41,7 @@ def test_pictures_are_exactly_those_of_scikit_learn(digits: Path) -> None:
         decoded = decode(members, channels=1, multiple=2)
         grey = np.round((decoded.pixels[0, 0].numpy() + 1) * 127.5).astype(np.uint8)
         np.testing.assert_array_equal(pixel_values(grey), truth.images[number])
+        np.testing.assert_array_equal(grey, np.round(truth.images[number] * 255 / 16))
         assert index.key(number) == f"digit-{number:05d}"
         wording = json.loads(members["json"])["wording"]
         assert decoded.caption == caption_for(int(truth.target[number]), WORDINGS[wording])

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -135,6 +137,46 @@ def test_a_killed_worker_is_reported(make_loader, make_shards) -> None:
         deque(itertools.islice(stream, 1000), maxlen=0)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 20
+
+
+KILLED_TRAINER = """
+import multiprocessing, os, signal, sys
+from lumina.data.index import Index
+from lumina.data.loader import Loader
+from lumina.data.order import epoch_order
+from lumina.data.plan import Plan
+
+if __name__ == "__main__":
+    index = Index.open([sys.argv[1]])
+    plan = Plan(lambda epoch: epoch_order(0, epoch, len(index)), lambda ids: ids * 0 + 1, 8, 4)
+    batches = iter(Loader(index, plan, rank=0, world=1, channels=1, multiple=4, workers=2))
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_leaves_no_workers(make_shards, tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(KILLED_TRAINER)
+    # Into a file: a pipe would be held open by the very workers that must not stay.
+    with (tmp_path / "pids").open("w") as stream:
+        done = subprocess.run([sys.executable, script, make_shards(20)], stdout=stream, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    workers = [Path(f"/proc/{pid}") for pid in (tmp_path / "pids").read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 5
+    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_runs(worker) for worker in workers)
+
+
+def _runs(process: Path) -> bool:
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(
