@@ -90,6 +90,11 @@ def test_half_precision_data_are_mixed_in_float32():
     assert x.dtype == torch.float32
     expected = get_path("vp").interpolate(DATA.bfloat16().float(), NOISE.bfloat16().float(), T)
     assert torch.equal(x, expected)
+    t = T.bfloat16()
+    for path in map(get_path, PATHS):
+        assert torch.equal(path.interpolate(DATA, NOISE, t), path.interpolate(DATA, NOISE, t.float()))
+        assert torch.equal(path.velocity(DATA, NOISE, t), path.velocity(DATA, NOISE, t.float()))
+        assert torch.equal(path.to_velocity("noise", NOISE, DATA, t), path.to_velocity("noise", NOISE, DATA, t.float()))
 
 
 def test_one_time_a_token():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from lumina.flow.field import Field
 from lumina.flow.loss import Objective
 from lumina.flow.path import DIFFUSIONS, PATHS, PREDICTIONS
 from lumina.flow.sde import LAST_STEPS
@@ -153,6 +154,12 @@ def test_every_sde_is_finite_at_the_ends(last_step, diffusion, path, prediction)
             epsilon=1e-6,
         )
         assert points.isfinite().all()
+
+
+def test_rounding_never_carries_a_time_out_of_the_interval():
+    field = Field.build(gaussian, Z, Objective.build(), 0.1, 1.0)
+    assert field.at(Z, math.nextafter(0.9, 1.0)).tolist() == [0.9] * 16
+    assert field.at(Z, math.nextafter(0.1, 0.0)).tolist() == [0.1] * 16
 
 
 def test_the_grid_is_the_shifted_one():
