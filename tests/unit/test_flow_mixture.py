@@ -105,7 +105,7 @@ def test_the_bound_sees_a_prediction_that_is_not_converted(path, read, meant):
     assert not distance(points, TRUTH) < 0.1
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["linear", *(pytest.param(path, marks=pytest.mark.slow) for path in PATHS[1:])])
 @pytest.mark.parametrize("solver", SDE_SOLVERS)
 @pytest.mark.parametrize("last_step", [None, *LAST_STEPS])
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
