@@ -88,7 +88,9 @@ TRUTH, PRIOR = true_points(1), torch.special.ndtri(sobol(2, 2))
 PAIRS = [(path, prediction) for path in PATHS for prediction in PREDICTIONS]
 
 
-@pytest.mark.parametrize(("path", "prediction"), PAIRS)
+@pytest.mark.parametrize(
+    ("path", "prediction"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] == "gvp")) for pair in PAIRS]
+)
 @pytest.mark.parametrize("solver", ODE_SOLVERS)
 def test_every_ode_solver_samples_the_mixture(path, prediction, solver):
     # Measured: 0.027 to 0.041, spread 0.1448 to 0.154; a prediction read as another kind 0.12 or more.

@@ -116,7 +116,7 @@ def test_weak_order_of_the_sde_solvers(solver, order, monkeypatch):
     assert math.log2(errors[0] / errors[1]) > order - 0.1  # measured: 0.99 and 2.3
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["linear", pytest.param("gvp", marks=pytest.mark.slow), "vp"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("epsilon", [None, 1e-9, 0.1])
