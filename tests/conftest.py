@@ -5,11 +5,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("lumina", "beartype.beartype")
-
-import pytest
 
 
 @pytest.fixture(scope="session")

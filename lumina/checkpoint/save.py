@@ -107,9 +107,7 @@ def _manifest(step: int, optimizer_steps: int, data: dict[str, Any], reports: li
     for report in reports:
         for kind, name, shape, start, numel in report["entries"]:
             tensor = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
-            tensor["pieces"].append(
-                {"file": report["file"], "key": f"{kind}/{name}", "start": start, "numel": numel}
-            )
+            tensor["pieces"].append({"file": report["file"], "key": f"{kind}/{name}", "start": start, "numel": numel})
     return {
         "format": "lumina-checkpoint",
         "version": VERSION,

@@ -216,7 +216,9 @@ class LuminaPipeline:
         except ValueError:
             label = -1
         if not 0 <= label < classes:
-            raise ValueError(f"this model is label-conditional: a prompt is a class from 0 to {classes - 1}, not {prompt!r}")
+            raise ValueError(
+                f"this model is label-conditional: a prompt is a class from 0 to {classes - 1}, not {prompt!r}"
+            )
         return label
 
     def _network(self, conditions: dict[str, Tensor], guidance: float) -> Callable[[Tensor, Tensor], Tensor]:

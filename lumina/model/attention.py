@@ -43,9 +43,7 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Self-attention with KQ-norm and RoPE, plus, where captions have a width, the zero-gated text branch."""
 
-    def __init__(
-        self, dim: int, n_heads: int, n_kv_heads: int, qk_norm: bool, cap_feat_dim: int | None
-    ):
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qk_norm: bool, cap_feat_dim: int | None):
         super().__init__()
         self.head_dim = dim // n_heads
         kv_width = n_kv_heads * self.head_dim

@@ -135,9 +135,11 @@ def _load_pickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a damaged or malicious file raises anything; none of it is run
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{file}: refused, it is damaged or holds more than weights and settings ({reason})") from error
+        raise ValueError(
+            f"{file}: refused, it is damaged or holds more than weights and settings ({reason})"
+        ) from error
 
 
 def _read_public_weights(directory: Path, weights: str) -> dict[str, Tensor]:
@@ -202,7 +204,9 @@ def _public_config(directory: Path, state: dict[str, Tensor], config: FlagDiTCon
     named = re.search(r"patch(\d+)", str(arguments.get("model", "")))
     patch_size = int(named.group(1)) if named else 2
     if patch_elements % patch_size**2:
-        raise ValueError(f"{directory}: patches of {patch_elements} values are not {patch_size} × {patch_size}; pass config")
+        raise ValueError(
+            f"{directory}: patches of {patch_elements} values are not {patch_size} × {patch_size}; pass config"
+        )
     sizes = {
         "patch_size": patch_size,
         "in_channels": patch_elements // patch_size**2,

@@ -86,6 +86,13 @@ class Engine:
         optimizer = self._engine.optimizer
         return StepOutcome(grad_norm=float(optimizer._global_grad_norm), skipped=bool(optimizer.overflow))
 
+    def close(self) -> None:
+        """Let go of hooks and process groups, so that another run can start in this process."""
+        self._engine.destroy()
+        deepspeed.comm.destroy_process_group()
+        # DeepSpeed keeps its backend, with the groups that are gone, and would use it for the next engine.
+        deepspeed.comm.comm.cdb = None
+
     @property
     def optimizer_steps(self) -> int:
         """Adam's count of the steps it has taken, on which its bias correction depends."""

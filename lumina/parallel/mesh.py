@@ -61,7 +61,9 @@ def check_layout(parallel: ParallelConfig, precision: str) -> None:
                 f"set parallel.{axis}=1"
             )
     if parallel.sequence:
-        raise ValueError("parallel.sequence shards activations over tensor-parallel ranks; with parallel.tensor=1 set it to false")
+        raise ValueError(
+            "parallel.sequence shards activations over tensor-parallel ranks; with parallel.tensor=1 set it to false"
+        )
     if precision == "bf16" and parallel.zero_stage == 0:
         raise ValueError(
             "precision=bf16 needs parallel.zero_stage 1, 2 or 3: DeepSpeed keeps fp32 master weights and fp32 "

@@ -42,7 +42,11 @@ def train(config: Config) -> None:
     """
     mesh = open_mesh(config.parallel, config.precision)
     try:
-        Trainer(config, mesh).run()
+        trainer = Trainer(config, mesh)
+        try:
+            trainer.run()
+        finally:
+            trainer.engine.close()
     finally:
         close_mesh()
 

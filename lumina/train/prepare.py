@@ -73,9 +73,7 @@ class Preparer:
         """
         latents = [self._latents(sample) for sample in samples]
         shapes = [tuple(latent.shape) for latent in latents]
-        noise = [
-            self._randomness.normal("noise", sample, shape) for sample, shape in zip(samples, shapes, strict=True)
-        ]
+        noise = [self._randomness.normal("noise", sample, shape) for sample, shape in zip(samples, shapes, strict=True)]
         u = torch.tensor([self._randomness.uniform("time", sample) for sample in samples], dtype=torch.float64)
         # The middle of the draw's last bit: a law that is infinite at 0 is never asked for it.
         t = self._objective.draw_times(u.clamp_min(2.0**-54)).to(self._device, torch.float32)
@@ -99,9 +97,7 @@ class Preparer:
         return self._vae.encode(pixels, noise)
 
     def _conditions(self, samples: Sequence[TrainingSample]) -> tuple[Captions | None, Int[Tensor, "n"] | None]:
-        dropped = [
-            self._randomness.uniform("caption dropout", sample) < self._caption_dropout for sample in samples
-        ]
+        dropped = [self._randomness.uniform("caption dropout", sample) < self._caption_dropout for sample in samples]
         if self._text is not None:
             captions = [
                 "" if drop else _required(sample, sample.caption, "caption")
@@ -110,9 +106,7 @@ class Preparer:
             features, mask = self._text(captions)
             return Captions.from_padded(features.to(self._device), mask.to(self._device)), None
         none = self._model.num_classes
-        labels = [
-            none if drop else self._label(sample) for sample, drop in zip(samples, dropped, strict=True)
-        ]
+        labels = [none if drop else self._label(sample) for sample, drop in zip(samples, dropped, strict=True)]
         return None, torch.tensor(labels, device=self._device)
 
     def _label(self, sample: TrainingSample) -> int:

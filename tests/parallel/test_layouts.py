@@ -1,12 +1,14 @@
 """The same global batch gives the same losses, norms and weights however it is shared out."""
 
+import os
+
 import pytest
 import torch
 
-from tests.parallel.runs import metrics_of, tensors_of, tiny_config, train_tree
-from tests.parallel.workers import run_ranks
+from tests.parallel.runs import metrics_of, tensors_of, tiny_config, train_on, train_tree, train_trees
+from tests.parallel.workers import free_port, run_ranks
 
-# The gradient of ky_norm.bias is zero in exact arithmetic; Adam turns its rounding noise into steps of full size.
+# The gradient of ky_norm.bias is zero in exact arithmetic; Adam turns its rounding noise into steps.
 NOISE_ONLY = "ky_norm.bias"
 
 
@@ -14,49 +16,62 @@ NOISE_ONLY = "ky_norm.bias"
 def one_process(digits, tmp_path_factory):
     """Losses, norms and final tensors of the run on one process under ZeRO 0."""
     run_dir = tmp_path_factory.mktemp("runs") / "one"
-    run_ranks(1, train_tree, tiny_config(run_dir, digits, parallel__zero_stage=0))
+    train_on(1, tiny_config(run_dir, digits, parallel__zero_stage=0))
     return metrics_of(run_dir), tensors_of(run_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "zero_stage", "packs_per_forward"),
-    [(1, 0, 2), (1, 0, 4), (1, 1, 1), (2, 0, 1), (2, 1, 2), (2, 2, 1), (2, 3, 1), (4, 1, 1), (4, 3, 1)],
+    ("world", "layouts"),
+    [
+        (1, [(0, 2), (0, 4), (1, 1), (2, 1), (3, 1)]),
+        (2, [(0, 1), (1, 2), (2, 1), (3, 1)]),
+        (4, [(1, 1), (3, 1)]),
+    ],
 )
-def test_every_layout_trains_alike(one_process, digits, tmp_path, world, zero_stage, packs_per_forward):
-    run_dir = tmp_path / "run"
-    tree = tiny_config(
-        run_dir, digits, parallel__zero_stage=zero_stage, train__packs_per_forward=packs_per_forward
-    )
-    run_ranks(world, train_tree, tree)
+def test_every_layout_trains_alike(one_process, digits, tmp_path, world, layouts):
+    """`layouts`: ZeRO stage and packs per forward pass, the rest of a rank's packs being accumulated."""
+    trees = [
+        tiny_config(
+            tmp_path / f"zero{stage}_{at_once}",
+            digits,
+            parallel__zero_stage=stage,
+            train__packs_per_forward=at_once,
+        )
+        for stage, at_once in layouts
+    ]
+    train_on(world, *trees)
     expected_metrics, expected = one_process
-    for ours, theirs in zip(metrics_of(run_dir), expected_metrics, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-        assert (ours["samples"], ours["tokens"]) == (theirs["samples"], theirs["tokens"])
-    found = tensors_of(run_dir)
+    for stage, at_once in layouts:
+        run_dir = tmp_path / f"zero{stage}_{at_once}"
+        for ours, theirs in zip(metrics_of(run_dir), expected_metrics, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+            assert (ours["samples"], ours["tokens"]) == (theirs["samples"], theirs["tokens"])
+        assert_equal_tensors(tensors_of(run_dir), expected)
+
+
+def assert_equal_tensors(found, expected):
+    """Weights and EMA within 1e-5 relative L2, moments within 1e-4."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name.endswith(NOISE_ONLY):
-            continue
-        error = (found[name] - value).norm() / value.norm().clamp_min(1e-12)
-        assert error < 1e-4 if name.startswith("exp_avg") else error < 1e-5, f"{name}: relative L2 {error:.1e}"
+        if not name.endswith(NOISE_ONLY):
+            error = (found[name] - value).norm() / value.norm().clamp_min(1e-12)
+            assert error < (1e-4 if name.startswith("exp_avg") else 1e-5), f"{name}: relative L2 {error:.1e}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_bf16_keeps_fp32_masters(digits, tmp_path, zero_stage):
-    """Two ranks in bf16 stay near one in fp32, and the masters are not bf16 numbers."""
-    losses = {}
-    for precision, world in (("fp32", 1), ("bf16", 2)):
-        run_dir = tmp_path / precision
-        tree = tiny_config(run_dir, digits, precision=precision, parallel__zero_stage=zero_stage)
-        run_ranks(world, train_tree, tree)
-        losses[precision] = [line["loss"] for line in metrics_of(run_dir)]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
-    assert losses["bf16"] != losses["fp32"]
-    master = tensors_of(tmp_path / "bf16")["master/x_embedder.weight"]
-    assert not torch.equal(master, master.bfloat16().float())
+def test_bf16_keeps_fp32_masters(one_process, digits, tmp_path):
+    """Two ranks in bf16 stay near one in fp32 under every ZeRO stage, and the masters are not bf16 numbers."""
+    stages = (1, 2, 3)
+    train_on(2, *[tiny_config(tmp_path / f"{z}", digits, precision="bf16", parallel__zero_stage=z) for z in stages])
+    losses = [line["loss"] for line in one_process[0]]
+    for stage in stages:
+        ours = [line["loss"] for line in metrics_of(tmp_path / f"{stage}")]
+        assert ours == pytest.approx(losses, rel=2e-2)
+        assert ours != losses
+        master = tensors_of(tmp_path / f"{stage}")["master/x_embedder.weight"]
+        assert not torch.equal(master, master.bfloat16().float())
 
 
 @pytest.mark.slow
@@ -65,50 +80,52 @@ def test_a_run_goes_on_under_another_layout(one_process, digits, tmp_path):
     run_dir = tmp_path / "run"
     for world, zero_stage, steps in ((2, 3, 1), (1, 0, 2), (4, 2, 3), (2, 1, 4)):
         tree = tiny_config(run_dir, digits, parallel__zero_stage=zero_stage, train__steps=steps)
-        run_ranks(world, train_tree, tree)
+        train_on(world, tree)
     expected_metrics, expected = one_process
     found = metrics_of(run_dir)
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected_metrics], rel=1e-6)
-    for name, value in tensors_of(run_dir).items():
-        if not name.endswith(NOISE_ONLY):
-            error = (value - expected[name]).norm() / expected[name].norm().clamp_min(1e-12)
-            assert error < 1e-4, f"{name}: relative L2 {error:.1e}"
+    assert_equal_tensors(tensors_of(run_dir), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 1), (2, 3)])
-def test_a_resumed_run_repeats_the_unbroken_one_to_the_bit(digits, tmp_path, world, zero_stage):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    settings = {"parallel__zero_stage": zero_stage, "data__shards": [str(digits)]}
-    run_ranks(world, train_tree, tiny_config(whole, digits, **settings))
-    for steps in (1, 3, 4):
-        run_ranks(world, train_tree, tiny_config(broken, digits, train__steps=steps, **settings))
-    assert [line["loss"] for line in metrics_of(broken)] == [line["loss"] for line in metrics_of(whole)]
-    found, expected = tensors_of(broken), tensors_of(whole)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+@pytest.mark.parametrize(("world", "stages"), [(1, [0]), (2, [1, 2, 3])])
+def test_a_resumed_run_repeats_the_unbroken_one_to_the_bit(digits, tmp_path, world, stages):
+    trees = []
+    for stage in stages:
+        trees.append(tiny_config(tmp_path / f"whole{stage}", digits, parallel__zero_stage=stage))
+        trees += [
+            tiny_config(tmp_path / f"broken{stage}", digits, parallel__zero_stage=stage, train__steps=steps)
+            for steps in (1, 3, 4)
+        ]
+    train_on(world, *trees)
+    for stage in stages:
+        broken, whole = tmp_path / f"broken{stage}", tmp_path / f"whole{stage}"
+        assert [line["loss"] for line in metrics_of(broken)] == [line["loss"] for line in metrics_of(whole)]
+        found, expected = tensors_of(broken), tensors_of(whole)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_a_nan_on_one_rank_is_skipped_by_all(digits, tmp_path, world, zero_stage):
-    results = run_ranks(world, _train_with_nan, tiny_config(tmp_path / "run", digits, parallel__zero_stage=zero_stage))
-    lines = metrics_of(tmp_path / "run")
-    assert [line["skipped"] for line in lines] == [False, True, False, False]
-    assert lines[1]["loss"] is None
-    assert all(result == "unchanged" for result in results)
+@pytest.mark.parametrize(("world", "stages"), [(1, [0]), (2, [0, 1, 2, 3])])
+def test_a_nan_on_one_rank_is_skipped_by_all(digits, tmp_path, world, stages):
+    trees = [tiny_config(tmp_path / f"{z}", digits, parallel__zero_stage=z) for z in stages]
+    verdicts = run_ranks(world, _train_with_nan, trees, [free_port() for _ in trees])
+    for stage in stages:
+        lines = metrics_of(tmp_path / f"{stage}")
+        assert [line["skipped"] for line in lines] == [False, True, False, False]
+        assert lines[1]["loss"] is None
+    assert verdicts == [["unchanged"] * len(stages)] * world
 
 
-def _train_with_nan(rank: int, tree: dict) -> str:
+def _train_with_nan(rank: int, trees: list[dict], ports: list[int]) -> list[str]:
     """Spoil the last rank's second step; say whether masters and EMA came through it untouched."""
-    import os
-
-    from lumina.config.load import validate
     from lumina.train import loop
 
     original = loop.train_step
     spoiled_rank = int(os.environ["WORLD_SIZE"]) - 1
-    verdict = []
+    verdicts = []
 
     def spoiled(engine, ema, objective, packs, **rest):
         if rest["step"] != 2:
@@ -119,12 +136,12 @@ def _train_with_nan(rank: int, tree: dict) -> str:
         result = original(engine, ema, objective, packs, **rest)
         after = [f.master for f in engine.fragments] + ema.values
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        verdict.append("unchanged" if same else "changed")
+        verdicts.append("unchanged" if same else "changed")
         return result
 
     loop.train_step = spoiled
-    loop.train(validate(tree, "test"))
-    return verdict[0]
+    train_trees(rank, trees, ports)
+    return verdicts
 
 
 @pytest.mark.slow

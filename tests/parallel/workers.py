@@ -10,15 +10,20 @@ import torch
 import torch.multiprocessing as mp
 
 
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
     """`function(rank, *arguments)` on `world` processes; what each returned, by rank.
 
     Raises:
         AssertionError: with the first traceback, where any rank failed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     ranks = [

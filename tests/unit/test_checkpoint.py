@@ -34,7 +34,15 @@ def config(tmp_path):
 
 def save(tmp_path, config, step=1, pieces=None):
     pieces = pieces if pieces is not None else [Piece("master", "w", (2, 3), 0, torch.arange(6.0))]
-    return save_checkpoint(tmp_path, step, pieces, config=config, optimizer_steps=step, data={}, mesh=OneProcess(World(0, 1, 0), torch.device("cpu")))
+    return save_checkpoint(
+        tmp_path,
+        step,
+        pieces,
+        config=config,
+        optimizer_steps=step,
+        data={},
+        mesh=OneProcess(World(0, 1, 0), torch.device("cpu")),
+    )
 
 
 def test_any_stretch_of_pieces_comes_back(tmp_path, config):
@@ -110,7 +118,7 @@ def test_a_full_disk_leaves_nothing_visible(tmp_path, config, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lumina.checkpoint.save.save_file", full)
-    with pytest.raises(OSError, match="step 2 could not be saved .* No space left"):
+    with pytest.raises(OSError, match=r"step 2 could not be saved .* No space left"):
         save(tmp_path, config, 2)
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 

@@ -175,8 +175,10 @@ def test_sequences_beyond_the_public_table():
     model = random_model(n_layers=1, dim=8, n_heads=1)
     wide = torch.randn(1, 3, 2, 100_000)
     with torch.no_grad():
-        out = model.embed(pack([wide], model.layout([(1, 3, 2, 100_000)], wide.device)), model.layout(
-            [(1, 3, 2, 100_000)], wide.device))
+        out = model.embed(
+            pack([wide], model.layout([(1, 3, 2, 100_000)], wide.device)),
+            model.layout([(1, 3, 2, 100_000)], wide.device),
+        )
     assert out.shape == (50_001, 8)
 
 
@@ -235,7 +237,7 @@ def test_bad_calls_are_refused(call, words):
 
 
 def test_a_caption_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="caption 1 .* no tokens"):
+    with pytest.raises(ValueError, match=r"caption 1 .* no tokens"):
         Captions.from_padded(torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [0, 0, 0]]))
 
 
