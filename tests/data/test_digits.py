@@ -46,7 +46,7 @@ def test_pictures_are_exactly_those_of_scikit_learn(digits: Path) -> None:
         wording = json.loads(members["json"])["wording"]
         assert decoded.caption == caption_for(int(truth.target[number]), WORDINGS[wording])
         used.add((wording, decoded.label))
-    assert len(used) == len(WORDINGS) * 10, "each wording occurs with each digit"
+    assert len(used) > 1400, "nearly every sample has a caption of its own"
 
 
 def test_the_same_seed_gives_the_same_data_set(digits: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,30 @@ from lumina.data.write import write_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-WORDINGS = (
-    "a handwritten digit {word}",
-    "a handwritten digit {numeral}",
-    "the number {word} written by hand",
-    "the number {numeral} written by hand",
-    "a drawing of {a_word}",
-    "a small grey picture of the digit {word}",
-    "a scan of the digit {numeral}",
-    "someone wrote the number {word}",
-    "{word}, in handwriting",
-    "{numeral}, in handwriting",
-    "this is {a_word}",
-    "this is the numeral {numeral}",
-    "a pen stroke in the shape of {a_word}",
-    "an image of the numeral {numeral}",
-)
-"""Captions of the training shards, each sample having one of them."""
+_OPENINGS = (
+    "", "draw ", "please draw ", "write ", "show me ", "make ", "I would like ", "here is ", "this is ", "we see ",
+    "someone wrote ", "a picture of ", "an image of ", "a scan of ", "a drawing of ", "a sketch of ", "can you paint ",
+    "how would a person write ", "how do people draw ", "what is the shape of ", "imagine ", "let me have ",
+    "an old postman's ", "my friend's ", "a close view of ", "do you know ", "try ", "give us ",
+)  # fmt: skip
+_SUBJECTS = (
+    "{a_word}", "the {numeral}", "the digit {word}", "the digit {numeral}", "the number {word}", "the number {numeral}",
+    "the numeral {numeral}", "the figure {word}", "a handwritten digit {word}", "a handwritten {numeral}",
+    "a hand-drawn {numeral}", "a small grey {word}",
+)  # fmt: skip
+_ENDINGS = (
+    "", " written by hand", " in handwriting", " in pencil", " on paper", " on a dark background", " for me", "?",
+    " drawn by a child", " in white strokes", " with a thick pen", ", slightly blurred", ", at a low resolution",
+    " as it might appear", " would be nice", " found in a letter", " from an envelope", ", filling the frame",
+    " seems to stand here", ", please", " and nothing else", " like those at school", " of any kind", " looks so",
+)  # fmt: skip
+
+WORDINGS = tuple("".join(parts) for parts in product(_OPENINGS, _SUBJECTS, _ENDINGS))
+"""Captions of the training shards, each sample having one of them.
+
+There are more than samples: on a dozen wordings a model learns the sentences by heart and fails on new ones,
+on many it learns that only the digit matters.
+"""
 
 HELD_WORDINGS = (
     "please write the digit {word} for me",
