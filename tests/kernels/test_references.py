@@ -1,0 +1,463 @@
+"""Every operation against its formula in float64, forward and backward, and who is chosen to run it.
+
+The rule: an error of at most twice that of the plain formula in the same dtype and a few units in the last place of
+the largest value.
+"""
+
+import importlib
+import math
+import sys
+import types
+
+import pytest
+import torch
+from lumina.kernels import (
+    AttentionPlan,
+    attention,
+    gated_residual,
+    layer_norm_modulate,
+    optional,
+    qk_norm_rope,
+    rms_norm,
+    rms_norm_modulate,
+    swiglu,
+)
+from lumina.kernels.dispatch import Operation
+
+# The package's attribute of this name is the operation.
+attention_module = importlib.import_module("lumina.kernels.attention")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+FEW_ULP = {torch.float32: 4, torch.bfloat16: 1}
+LENGTHS = (5, 1, 7, 3)
+TOKENS, WIDTH, SAMPLES = sum(LENGTHS), 24, len(LENGTHS)
+SAMPLE_ID = torch.repeat_interleave(torch.tensor(LENGTHS))
+
+
+def numbers(*shape, seed, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def evaluated(function, inputs):
+    """The outputs of `function`, and the gradient of each input under a fixed random cotangent."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    cotangents = [numbers(*out.shape, seed=99 + i).to(out.dtype) for i, out in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    return [*(out.detach() for out in outputs), *gradients]
+
+
+def assert_close_to_exact(ours, plain, inputs, dtype):
+    inputs = [x.to(dtype) for x in inputs]
+    exact = evaluated(plain, [x.double() for x in inputs])
+    baseline = evaluated(plain, inputs)
+    found = evaluated(ours, inputs)
+    assert len(found) == len(exact)
+    for i, (value, base, truth) in enumerate(zip(found, baseline, exact, strict=True)):
+        assert value.dtype == dtype
+        assert value.shape == truth.shape
+        error, allowed = (value - truth).abs().max(), 2 * (base - truth).abs().max()
+        allowed = allowed + FEW_ULP[dtype] * torch.finfo(dtype).eps * truth.abs().max()
+        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_rounded_once(found, exact):
+    """Each element is the exact one to bf16's half ulp, and a hair for what fp32 does on the way."""
+    ulp = torch.finfo(torch.bfloat16).eps * 2.0 ** exact.abs().clamp_min(1e-30).log2().floor()
+    assert ((found.double() - exact).abs() <= 0.51 * ulp + 2e-6).all()
+
+
+# The formulas, written out. Each works in the dtype of its inputs.
+
+
+def plain_rms_norm(x, weight, eps=1e-5):
+    return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def plain_layer_norm(x, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / ((centred * centred).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def plain_modulated(normed, scale, shift):
+    return torch.stack([row * (1 + scale[i]) + shift[i] for row, i in zip(normed, SAMPLE_ID.tolist(), strict=True)])
+
+
+def plain_rotated(x_tw, cos, sin):
+    """The rotation of each pair as a 2 × 2 matrix."""
+    matrices = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2).to(x_tw.dtype)
+    pairs = x_tw.reshape(len(x_tw), -1, cos.shape[-1], 2)
+    return torch.einsum("tiab,thib->thia", matrices, pairs).flatten(-2)
+
+
+def plain_attention(q, k, v, plan):
+    """One softmax over the whole pack, with minus infinity between samples."""
+    heads, head_dim = q.shape[1:]
+    q_sample = torch.repeat_interleave(torch.tensor(plan.query_lengths))
+    k_sample = torch.repeat_interleave(torch.tensor(plan.key_lengths))
+    strangers = q_sample[:, None] != k_sample[None]
+    outputs = []
+    for head in range(heads):
+        kv_head = head * k.shape[1] // heads
+        scores = q[:, head] @ k[:, kv_head].T / math.sqrt(head_dim)
+        weights = scores.masked_fill(strangers, -math.inf).softmax(-1)
+        outputs.append(weights @ v[:, kv_head])
+    return torch.stack(outputs, 1)
+
+
+@DTYPES
+def test_rms_norm(dtype):
+    x, weight = numbers(TOKENS, WIDTH, seed=0, scale=3), numbers(WIDTH, seed=1)
+    assert_close_to_exact(lambda *a: rms_norm(*a, 1e-5), plain_rms_norm, [x, weight], dtype)
+
+
+def test_rms_norm_uses_eps():
+    x = torch.full((1, 4), 1e-3)
+    torch.testing.assert_close(rms_norm(x, torch.ones(4), 3e-6), torch.full((1, 4), 0.5))
+
+
+@DTYPES
+def test_rms_norm_modulate(dtype):
+    inputs = [
+        numbers(TOKENS, WIDTH, seed=0, scale=3),
+        numbers(WIDTH, seed=1),
+        numbers(SAMPLES, WIDTH, seed=2),
+        numbers(SAMPLES, WIDTH, seed=3),
+    ]
+
+    def plain(x, weight, scale, shift):
+        return plain_modulated(plain_rms_norm(x, weight), scale, shift)
+
+    assert_close_to_exact(lambda *a: rms_norm_modulate(*a, SAMPLE_ID, 1e-5), plain, inputs, dtype)
+
+
+@DTYPES
+def test_layer_norm_modulate(dtype):
+    inputs = [numbers(TOKENS, WIDTH, seed=0) + 2, numbers(SAMPLES, WIDTH, seed=1), numbers(SAMPLES, WIDTH, seed=2)]
+
+    def plain(x, scale, shift):
+        return plain_modulated(plain_layer_norm(x, 1e-6), scale, shift)
+
+    assert_close_to_exact(lambda *a: layer_norm_modulate(*a, SAMPLE_ID, 1e-6), plain, inputs, dtype)
+
+
+def test_layer_norm_modulate_uses_eps():
+    x = torch.tensor([[1e-3, -1e-3]])
+    zeros = torch.zeros(1, 2)
+    out = layer_norm_modulate(x, zeros, zeros, torch.tensor([0]), 3e-6)
+    torch.testing.assert_close(out, torch.tensor([[0.5, -0.5]]))
+
+
+@DTYPES
+def test_gated_residual(dtype):
+    inputs = [numbers(TOKENS, WIDTH, seed=0), numbers(SAMPLES, WIDTH, seed=1), numbers(TOKENS, WIDTH, seed=2)]
+
+    def plain(x, gate, y):
+        rows = zip(x, y, SAMPLE_ID.tolist(), strict=True)
+        return torch.stack([x_row + gate[i] * y_row for x_row, y_row, i in rows])
+
+    assert_close_to_exact(lambda *a: gated_residual(*a, SAMPLE_ID), plain, inputs, dtype)
+
+
+@DTYPES
+def test_swiglu(dtype):
+    inputs = [numbers(TOKENS, WIDTH, seed=0, scale=4), numbers(TOKENS, WIDTH, seed=1)]
+    assert_close_to_exact(swiglu, lambda a, b: a / (1 + (-a).exp()) * b, inputs, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("normed", [True, False])
+def test_qk_norm_rope(dtype, kv_heads, normed):
+    heads, head_dim = 4, 6
+    q_width, k_width = heads * head_dim, kv_heads * head_dim
+    angles = torch.arange(TOKENS)[:, None] * torch.tensor([1.0, 0.3, 0.01])
+    cos, sin = angles.cos(), angles.sin()
+    inputs = [numbers(TOKENS, q_width, seed=0) + 1, numbers(TOKENS, k_width, seed=1) - 1]
+    if normed:
+        inputs += [numbers(width, seed=2 + i) for i, width in enumerate((q_width, q_width, k_width, k_width))]
+
+    def ours(q, k, *affine):
+        return qk_norm_rope(q, k, *(affine or [None] * 4), cos, sin)
+
+    def plain(q, k, *affine):
+        if affine:
+            q = plain_layer_norm(q, 1e-5) * affine[0] + affine[1]
+            k = plain_layer_norm(k, 1e-5) * affine[2] + affine[3]
+        return plain_rotated(q, cos, sin), plain_rotated(k, cos, sin)
+
+    assert_close_to_exact(ours, plain, inputs, dtype)
+
+
+def test_norms_round_once_whatever_the_dtype():
+    """fp32 inside: a bf16 result is the exact one rounded, not one that lost bits at every operation."""
+    x, weight, bias = (y.bfloat16() for y in (numbers(50, 64, seed=0), numbers(64, seed=1), numbers(64, seed=2)))
+    assert_rounded_once(rms_norm(x, weight, 1e-5), plain_rms_norm(x.double(), weight.double()))
+    angles = torch.arange(50)[:, None] * 0.37 * torch.ones(8)
+    q, _ = qk_norm_rope(x, x, weight, bias, weight, bias, angles.cos(), angles.sin())
+    exact = plain_layer_norm(x.double(), 1e-5) * weight.double() + bias.double()
+    assert_rounded_once(q, plain_rotated(exact, angles.cos().double(), angles.sin().double()))
+
+
+PLANS = {
+    "one sample": ((6,), (6,)),
+    "equal lengths": ((4, 4, 4), (4, 4, 4)),
+    "ragged": ((5, 1, 7, 3), (5, 1, 7, 3)),
+    # Samples of one length are called together, so they must find their way back between the others.
+    "ragged with equals": ((5, 3, 5, 1, 3, 5), (5, 3, 5, 1, 3, 5)),
+    "equal captions": ((5, 3, 5), (4, 4, 4)),
+    "unequal captions": ((5, 3, 5, 1), (2, 6, 1, 3)),
+    "equal lengths, unequal captions": ((4, 4, 4), (2, 5, 1)),
+    "a sample without queries": ((4, 0, 2), (4, 3, 2)),
+}
+IMPLEMENTATIONS = {"reference": attention.reference, "sdpa": attention_module.sdpa, "dispatched": attention}
+
+
+def attention_case(name, heads=4, kv_heads=4, head_dim=8):
+    query_lengths, key_lengths = PLANS[name]
+    plan = AttentionPlan(query_lengths, key_lengths, torch.device("cpu"))
+    shapes = ((sum(query_lengths), heads), (sum(key_lengths), kv_heads), (sum(key_lengths), kv_heads))
+    return [numbers(*shape, head_dim, seed=i, scale=1.5) for i, shape in enumerate(shapes)], plan
+
+
+@DTYPES
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", PLANS)
+def test_attention(name, implementation, dtype):
+    for kv_heads in (4, 2, 1):
+        inputs, plan = attention_case(name, kv_heads=kv_heads)
+        ours = IMPLEMENTATIONS[implementation]
+        assert_close_to_exact(
+            lambda *a, ours=ours, plan=plan: ours(*a, plan),
+            lambda *a, plan=plan: plain_attention(*a, plan),
+            inputs,
+            dtype,
+        )
+
+
+def test_the_filling_of_short_captions_gets_no_gradient_of_its_own():
+    """A sample's keys fill up its own short row: their gradient is as if they were there once."""
+    (q, k, v), plan = attention_case("equal lengths, unequal captions")
+    v = v.requires_grad_()
+    attention_module.sdpa(q, k, v, plan).sum().backward()
+    # Each query spends weight one, so the gradients of a sample's values sum to its queries.
+    totals = [part.sum().item() / (4 * 8) for part in v.grad.split(plan.key_lengths)]
+    assert totals == pytest.approx([4, 4, 4], rel=1e-5)
+
+
+def test_grouping_of_a_plan():
+    plan = AttentionPlan((5, 3, 5, 0), (2, 4, 1, 3), torch.device("cpu"))
+    assert plan.cu_queries.tolist() == [0, 5, 8, 13, 13]
+    assert plan.cu_keys.tolist() == [0, 2, 6, 7, 10]
+    assert plan.cu_queries.dtype == plan.cu_keys.dtype == torch.int32
+    fives, threes = plan.groups
+    assert (fives.size, threes.size) == (2, 1)
+    assert fives.queries.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12]
+    assert fives.keys.tolist() == [0, 1, 6, 6]
+    assert fives.mask.flatten().tolist() == [True, True, True, False]
+    assert threes.mask is None
+    order = torch.cat([fives.queries, threes.queries])
+    assert order[plan.ungrouped].tolist() == list(range(13))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_sdpa_gradients_by_finite_differences(name):
+    inputs, plan = attention_case(name, heads=2, kv_heads=1, head_dim=2)
+    inputs = [x.double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda *a: attention_module.sdpa(*a, plan), inputs)
+
+
+def test_elementwise_gradients_by_finite_differences():
+    a, b = (numbers(4, 3, seed=i).double().requires_grad_() for i in range(2))
+    gate = numbers(2, 3, seed=2).double().requires_grad_()
+    ids = torch.tensor([0, 0, 1, 1])
+    assert torch.autograd.gradcheck(swiglu, (a, b))
+    assert torch.autograd.gradcheck(lambda *x: gated_residual(*x, ids), (a, gate, b))
+
+
+COS = SIN = torch.full((4, 2), math.sqrt(0.5))
+IDS = torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda *a: rms_norm(*a, 1e-5), [(4, 8), (8,)]),
+        (lambda *a: rms_norm_modulate(*a, IDS, 1e-5), [(4, 8), (8,), (2, 8), (2, 8)]),
+        (lambda *a: layer_norm_modulate(*a, IDS, 1e-6), [(4, 8), (2, 8), (2, 8)]),
+        (lambda *a: torch.cat(qk_norm_rope(*a, COS, SIN), 1), [(4, 8), (4, 4), (8,), (8,), (4,), (4,)]),
+    ],
+    ids=["rms_norm", "rms_norm_modulate", "layer_norm_modulate", "qk_norm_rope"],
+)
+def test_fp32_gradients_by_finite_differences(function, shapes):
+    """These work in fp32 whatever they are given, too coarse for gradcheck: a wide step along random directions."""
+    inputs = [numbers(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    out = function(*inputs)
+    cotangent = numbers(*out.shape, seed=50)
+    gradients = torch.autograd.grad(out, inputs, cotangent)
+    step = 2e-3
+    for i, gradient in enumerate(gradients):
+        direction = numbers(*shapes[i], seed=70 + i)
+        ends = []
+        for sign in (1, -1):
+            moved = [x.detach() + sign * step * direction if j == i else x.detach() for j, x in enumerate(inputs)]
+            ends.append((function(*moved).double() * cotangent).sum())
+        slope = (ends[0] - ends[1]) / (2 * step)
+        expected = (gradient * direction).sum()
+        assert slope.item() == pytest.approx(expected.item(), rel=2e-3, abs=2e-3)
+
+
+# Who runs it.
+
+
+def test_the_first_usable_implementation_runs():
+    @Operation
+    def doubled(x):
+        """Twice x."""
+        return "reference"
+
+    @doubled.implementation("for rows", usable=lambda x: x.dim() == 1)
+    def _rows(x):
+        return "for rows"
+
+    @doubled.implementation("for floats", usable=lambda x: x.is_floating_point())
+    def _floats(x):
+        return "for floats"
+
+    cases = {
+        "for rows": torch.ones(2),  # both can; the first registered is preferred
+        "for floats": torch.ones(2, 2),
+        "reference": torch.ones(2, 2, dtype=torch.int64),
+    }
+    for name, tensor in cases.items():
+        assert doubled.chosen(tensor) == doubled(tensor) == name
+    assert (doubled.name, doubled.__name__, doubled.__doc__) == ("doubled", "doubled", "Twice x.")
+    assert _rows(torch.ones(2, 2)) == "for rows"
+
+
+def test_other_arguments_are_passed_on():
+    @Operation
+    def scaled(x, factor, *, offset=0):
+        return x * factor + offset
+
+    assert scaled(torch.tensor(3), 2, offset=1) == 7
+    scaled.implementation("wrong", usable=lambda x: True)(lambda x, factor, *, offset=0: factor - offset)
+    assert scaled(torch.tensor(3), 2, offset=1) == 1
+
+
+def test_what_runs_on_a_cpu():
+    x = torch.ones(2, 3)
+    assert attention.chosen(x) == "sdpa"
+    for operation in (rms_norm, rms_norm_modulate, layer_norm_modulate, gated_residual, swiglu, qk_norm_rope):
+        assert operation.chosen(x) == "reference"
+
+
+class OnGpu(torch.Tensor):
+    """As much of a CUDA tensor as a choice looks at."""
+
+    is_cuda = True
+
+
+def on_gpu(dtype):
+    return torch.ones(2, dtype=dtype).as_subclass(OnGpu)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """write(name, source) puts a module of that name where it can be imported; found afresh, forgotten afterwards."""
+    found = (optional.flash_attn, optional.apex_layer_norm)
+    names = ("flash_attn", "apex", "apex.normalization", "apex.normalization.fused_layer_norm", "fused_layer_norm_cuda")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for function in found:
+        function.cache_clear()
+
+    def write(name, source=""):
+        path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        importlib.invalidate_caches()
+
+    yield write
+    for function in found:
+        function.cache_clear()
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_apex_of_pypi_is_not_taken_for_nvidias(packages):
+    packages("apex.__init__", "class Toolkit: ...")
+    assert optional.apex_layer_norm() is None
+    assert rms_norm.chosen(on_gpu(torch.bfloat16)) == "reference"
+    optional.apex_layer_norm.cache_clear()
+    packages("fused_layer_norm_cuda")  # the extension alone does not make it NVIDIA's either
+    assert optional.apex_layer_norm() is None
+
+
+def test_apex_without_its_extension_is_not_used(packages):
+    packages("apex.__init__")
+    packages("apex.normalization.__init__")
+    packages("apex.normalization.fused_layer_norm", "def fused_rms_norm_affine(*a): ...")
+    assert optional.apex_layer_norm() is None
+
+
+def test_apex_with_fused_norms_is_used(packages):
+    packages("apex.__init__")
+    packages("apex.normalization.__init__")
+    packages(
+        "apex.normalization.fused_layer_norm",
+        "import torch\n"
+        "def fused_rms_norm_affine(x, weight, normalized_shape, eps):\n"
+        "    return torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)\n",
+    )
+    packages("fused_layer_norm_cuda")
+    assert optional.apex_layer_norm().__name__ == "apex.normalization.fused_layer_norm"
+    assert rms_norm.chosen(on_gpu(torch.bfloat16)) == "apex"
+    assert rms_norm.chosen(torch.ones(2)) == "reference"
+    fused = importlib.import_module("lumina.kernels.rms_norm_modulate")._apex_rms_norm
+    x, weight = numbers(TOKENS, WIDTH, seed=0), numbers(WIDTH, seed=1)
+    assert_close_to_exact(lambda *a: fused(*a, 1e-5), plain_rms_norm, [x, weight], torch.float32)
+
+
+@pytest.mark.parametrize("source", ["", "raise ImportError('undefined symbol')"], ids=["version 1", "other build"])
+def test_a_flash_attn_that_cannot_be_used_is_passed_over(packages, source):
+    packages("flash_attn", source)
+    assert optional.flash_attn() is None
+    assert attention.chosen(on_gpu(torch.bfloat16)) == "sdpa"
+
+
+@pytest.fixture
+def flash(packages, monkeypatch):
+    """A flash_attn whose kernel is plain torch and keeps its last arguments."""
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert max_seqlen_q == cu_seqlens_q.diff().max()
+        assert max_seqlen_k == cu_seqlens_k.diff().max()
+        lengths = (tuple(cu.diff().tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
+        return plain_attention(q, k, v, AttentionPlan(*lengths, q.device))
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    optional.flash_attn.cache_clear()
+    return module
+
+
+def test_flash_attn_is_preferred_where_it_can_run(flash):
+    assert optional.flash_attn() is flash
+    assert attention.chosen(on_gpu(torch.bfloat16)) == "flash_attn"
+    assert attention.chosen(on_gpu(torch.float16)) == "flash_attn"
+    assert attention.chosen(on_gpu(torch.float32)) == "sdpa"
+    assert attention.chosen(torch.ones(2, dtype=torch.bfloat16)) == "sdpa"
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.usefixtures("flash")
+def test_flash_attn_gets_the_same_problem(name):
+    for kv_heads in (4, 2):
+        inputs, plan = attention_case(name, kv_heads=kv_heads)
+        ours = attention_module.flash_attn_varlen(*inputs, plan)
+        torch.testing.assert_close(ours, attention.reference(*inputs, plan), atol=1e-5, rtol=1e-5)
