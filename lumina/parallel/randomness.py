@@ -6,7 +6,7 @@ before or after a resume, draws the same numbers for it.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable  # or the shape checks of the tests cannot look at it
 class Drawn(Protocol):
     """What identifies one showing of a sample: its id, the epoch, and which repeat within the epoch."""
 

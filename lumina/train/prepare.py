@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from lumina.model.tokens import Captions, Layout, layout_of, pack
 from lumina.parallel.randomness import Randomness
 
 
+@runtime_checkable  # or the shape checks of the tests cannot look at it
 class TrainingSample(Protocol):
     """What is needed of a loader's sample."""
 
