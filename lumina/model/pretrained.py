@@ -51,7 +51,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} holds neither config.json nor consolidated* files; it is no model folder")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # broken JSON and broken UTF-8 alike
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError(f"{path}: has no section `model`; it was not written by Lumina")
@@ -114,11 +114,18 @@ def _read_safetensors(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{directory} has a config.json but no model*.safetensors")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _files_in(index)
         if missing := [name for name in names if not (directory / name).is_file()]:
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which {index.name} lists")
         files = [directory / name for name in names]
     return {key: value for file in files for key, value in load_safetensors(file).items()}
+
+
+def _files_in(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged, it does not say which file holds which tensor") from error
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
@@ -142,6 +149,22 @@ def _load_pickle(file: Path) -> Any:
         ) from error
 
 
+def _load_state_dict(file: Path) -> dict[str, Tensor]:
+    state = _load_pickle(file)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: is no state dict, which maps names to tensors")
+    return state
+
+
+def _load_arguments(file: Path) -> dict[str, Any]:
+    loaded = _load_pickle(file)
+    if isinstance(loaded, argparse.Namespace):
+        return vars(loaded)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{file}: holds a {type(loaded).__name__}, not the arguments of a training run")
+    return loaded
+
+
 def _read_public_weights(directory: Path, weights: str) -> dict[str, Tensor]:
     stems = ["consolidated_ema", "consolidated"] if weights == "ema" else ["consolidated"]
     for stem in stems:
@@ -149,7 +172,7 @@ def _read_public_weights(directory: Path, weights: str) -> dict[str, Tensor]:
             files = sorted(directory.glob(f"{stem}.[0-9]*-of-*.{suffix}"))
             if files:
                 _check_complete(files, directory)
-                read = load_safetensors if suffix == "safetensors" else _load_pickle
+                read = load_safetensors if suffix == "safetensors" else _load_state_dict
                 return _merge([read(file) for file in files], directory)
     raise ValueError(f"{directory} has no {stems[-1]}.NN-of-MM.safetensors or .pth file")
 
@@ -188,11 +211,8 @@ def _public_config(directory: Path, state: dict[str, Tensor], config: FlagDiTCon
     """Sizes from the tensors, then from `model_args.pth`, then from `config`; what contradicts is refused."""
     if config is not None:
         return config
-    arguments: dict[str, Any] = {}
     arguments_file = directory / "model_args.pth"
-    if arguments_file.is_file():
-        loaded = _load_pickle(arguments_file)
-        arguments = vars(loaded) if isinstance(loaded, argparse.Namespace) else dict(loaded)
+    arguments = _load_arguments(arguments_file) if arguments_file.is_file() else {}
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in state:
