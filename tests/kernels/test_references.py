@@ -209,6 +209,8 @@ PLANS = {
     "equal captions": ((5, 3, 5), (4, 4, 4)),
     "unequal captions": ((5, 3, 5, 1), (2, 6, 1, 3)),
     "equal lengths, unequal captions": ((4, 4, 4), (2, 5, 1)),
+    # Filled up, the keys of the first group are as many as those of the whole pack.
+    "unequal captions in one group": ((4, 4, 2), (1, 3, 2)),
     "a sample without queries": ((4, 0, 2), (4, 3, 2)),
 }
 IMPLEMENTATIONS = {"reference": attention.reference, "sdpa": attention_module.sdpa, "dispatched": attention}
