@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them all; arguments go to pytest, as: bash launch/test.sh -m "not slow"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+source launch/environment.sh
+install_lumina -e ".[test]"
+python -m pytest "$@"
