@@ -21,6 +21,7 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
 
+DEFAULT_SIDE = 256
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 4.0
 
@@ -157,7 +158,8 @@ class LuminaPipeline:
         if num_frames > 1 and not self.model.config.frames:
             raise ValueError(f"num_frames={num_frames}, but this model was built without frames; it draws one")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-        noise = self._noise(len(prompts), num_frames, height or 256, width or 256, generator)
+        height, width = (DEFAULT_SIDE if side is None else side for side in (height, width))
+        noise = self._noise(len(prompts), num_frames, height, width, generator)
         conditions = self._conditions(prompts, negative_prompt, guidance_scale)
         if num_inference_steps is None and solver not in ("dopri5", "dopri8"):
             num_inference_steps = DEFAULT_STEPS
