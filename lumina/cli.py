@@ -23,6 +23,17 @@ class _Parser(argparse.ArgumentParser):
             epilog=f"example:\n  {example}" if example else None,
             **kwargs,
         )
+        # Of every verb, where it is looked for after an error; a verb that is not given it leaves it as it was.
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        # Each parser refuses what it does not know, rather than the outermost for all: it knows the nearest option.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -41,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         example="lumina data digits data/digits && lumina train configs/digits.yaml",
     )
     parser.add_argument("--version", action="version", version=f"lumina {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(debug=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
     train = verbs.add_parser(
@@ -53,8 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
-    # DeepSpeed's launcher adds it unless told --no_local_rank; the environment has it already.
-    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     train.set_defaults(run=_train)
 
     sample = verbs.add_parser(
@@ -141,7 +150,8 @@ def _data_index(arguments: argparse.Namespace) -> None:
 
     from lumina.data.index import index_shards
 
-    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("indexing", total=None)
         count = index_shards(arguments.shards, lambda done, total: progress.update(task, completed=done, total=total))
     print(f"{count:,} samples indexed")
@@ -149,8 +159,9 @@ def _data_index(arguments: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input."""
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # DeepSpeed's launcher puts it before all else unless told --no_local_rank; the environment has it already.
+    parsed = _parser().parse_args([word for word in given if not re.fullmatch(r"--local[-_]rank=\d+", word)])
     return _guarded(parsed.run, parsed)
 
 
@@ -160,7 +171,7 @@ def _guarded(verb: Callable[[argparse.Namespace], None], parsed: argparse.Namesp
     except KeyboardInterrupt:
         print("lumina: interrupted", file=sys.stderr)
         return EXIT_FAILED
-    except Exception as error:  # the one place where errors become exit codes
+    except Exception as error:  # noqa: BLE001 - the one place where errors become exit codes
         if parsed.debug:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
