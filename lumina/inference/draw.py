@@ -58,7 +58,8 @@ def draw(arguments: argparse.Namespace) -> None:
         "time_shift": arguments.time_shift,
     }
     records, sheet = [], []
-    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("drawing", total=len(jobs))
         for first in range(0, len(jobs), arguments.batch_size):
             batch = jobs[first : first + arguments.batch_size]

@@ -86,12 +86,13 @@ class Metrics:
             TextColumn("{task.fields[line]}"),
             TimeRemainingColumn(),
             console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=self._total, completed=first_step - 1, line="")
         self._last_line = time.monotonic()
 
     def __enter__(self) -> "Metrics":
-        if self._enabled and self._console.is_terminal:
+        if self._enabled:
             self._progress.start()
         return self
 
