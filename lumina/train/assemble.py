@@ -50,6 +50,11 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     objective = Objective.build(**config.flow.model_dump())
     accumulation_steps = _accumulation_steps(config, mesh)
     vae = build_vae(config.vae, model.in_channels, mesh.device)
+    if vae.pixel_channels not in (1, 3):
+        raise ValueError(
+            f"model.in_channels={model.in_channels} makes vae.model {config.vae.model} take {vae.pixel_channels} "
+            "channels, but pictures have 1 or 3; set model.in_channels to one of them, or name another autoencoder"
+        )
     text = None
     if config.text is not None:
         text = build_text_encoder(config.text, mesh.device)
