@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,10 +21,11 @@ from lumina.kernels import AttentionPlan
 PATCH, NEXTLINE, NEXTFRAME = 0, 1, 2
 
 Shape = tuple[int, int, int, int]
+Counts = int | Int[np.ndarray, "n"]
 
 
-def token_count(frames: int, height: int, width: int, patch_size: int, nextline: bool) -> int:
-    """Tokens of one sample of latent size `height` × `width`, nextline and nextframe tokens counted."""
+def token_count(frames: Counts, height: Counts, width: Counts, patch_size: int, nextline: bool) -> Counts:
+    """Tokens of a sample of latent size `height` × `width`, or of many; nextline and nextframe tokens counted."""
     rows, columns = height // patch_size, width // patch_size
     return frames * rows * (columns + nextline) + (frames - 1 if nextline else 0)
 

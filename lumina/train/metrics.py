@@ -156,7 +156,7 @@ class Metrics:
 
 def _step_of(line: str) -> float:
     try:
-        return int(json.loads(line)["step"])
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut short by a kill: dropped
 

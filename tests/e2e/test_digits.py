@@ -14,7 +14,7 @@ from lumina.data.write import write_shards
 from tests.e2e.recognition import draw_digits, verdict
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
-STEPS = 500  # of the 1,400 that the configuration trains
+STEPS = 350  # of the 1,000 that the configuration trains
 PER_DIGIT = 20
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def train(run_dir: Path, shards: Path, steps: int = STEPS, *overrides: str) -> N
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("run") / "digits"
-    train(run_dir, digits, STEPS, "preview.every=500", "log.tensorboard=true")
+    train(run_dir, digits, STEPS, "preview.every=350", "log.tensorboard=true")
     return run_dir
 
 
