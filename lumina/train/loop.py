@@ -27,7 +27,7 @@ from lumina.train.assemble import assemble, first_then_others, prepare_run_folde
 from lumina.train.ema import EMA
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
-from lumina.train.preview import draw_preview
+from lumina.train.preview import check_preview, draw_preview
 from lumina.train.schedule import learning_rate
 from lumina.train.step import train_step
 
@@ -58,6 +58,7 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.run_dir = Path(config.run.dir)
         self.parts = assemble(config, mesh)
+        check_preview(config, self.parts)
         checkpoint = latest_checkpoint(self.run_dir)
         if checkpoint is not None:
             _check_same_run(config, checkpoint)

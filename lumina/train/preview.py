@@ -6,10 +6,38 @@ import torch
 from torch import Tensor
 
 from lumina.config.schema import Config
+from lumina.flow.solver import SOLVERS
 from lumina.inference.images import contact_sheet
 from lumina.inference.pipeline import LuminaPipeline
 from lumina.model.pretrained import build
 from lumina.train.assemble import Parts
+
+
+def check_preview(config: Config, parts: Parts) -> None:
+    """Refuse before the run starts what would stop it at its first picture.
+
+    Raises:
+        ValueError: for an unknown solver, sides that do not fit, frames or prompts that the model does not take.
+    """
+    preview = config.preview
+    if not preview.every:
+        return
+    if preview.solver not in SOLVERS:
+        raise ValueError(f"preview.solver is {preview.solver!r}; the solvers are {', '.join(SOLVERS)}")
+    if preview.height % parts.multiple or preview.width % parts.multiple:
+        raise ValueError(
+            f"preview.height={preview.height} and preview.width={preview.width} must be multiples of {parts.multiple} "
+            "pixels (autoencoder times patch size)"
+        )
+    if preview.frames > 1 and not parts.model.frames:
+        raise ValueError(f"preview.frames={preview.frames}, but a model without model.frames=true draws one")
+    if not parts.model.text_conditional:
+        classes = [str(label) for label in range(parts.model.num_classes)]
+        if unknown := [prompt for prompt in preview.prompts if prompt not in classes]:
+            raise ValueError(
+                f"preview.prompts has {unknown[0]!r}; of a label-conditional model prompts are classes, "
+                f'as "0" to "{classes[-1]}"'
+            )
 
 
 def draw_preview(config: Config, parts: Parts, weights: dict[str, Tensor], step: int, device: torch.device) -> Path:
