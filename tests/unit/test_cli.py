@@ -78,7 +78,7 @@ REFUSED = {
     "a run folder of something else": ("train CONFIG run.dir=DIR/other", "is not empty and holds no run of Lumina"),
     "a run folder that is a file": ("train CONFIG run.dir=DIR/file", "run.dir=DIR/file cannot be written"),
     "a run folder in /proc": ("train CONFIG run.dir=/proc/lumina/run", "run.dir=/proc/lumina/run cannot be written"),
-    "another seed": ("train CONFIG run.dir=RUN run.seed=4", "run.seed=4, but RUN was started with 3"),
+    "another seed": ("train CONFIG run.dir=RUN run.seed=4", "run.seed=4, but RUN was trained with 3"),
     "another flow": ("train CONFIG run.dir=RUN flow.path=gvp", "trained on linear/velocity"),
     "another model": ("train CONFIG run.dir=RUN model.n_layers=3", "does not fit the model: missing layers.2."),
     "no prompt": ("sample MODEL --out DIR/new", "give --prompt TEXT or --prompts-file F"),
@@ -171,7 +171,10 @@ def results(folder, put_in):
     """Exit code, stdout, stderr and files before and after of every command, run one after another."""
     commands = [[name, [put_in(word) for word in words]] for name, words in DONE.items()]
     for name, line in [*WITH_TRACEBACK.items(), *((name, case[0]) for name, case in REFUSED.items())]:
-        commands.append([name, [put_in(word) for word in line.split()]])
+        words = line.split()
+        if words[:1] == ["sample"] and "--height" not in words:
+            words += SMALL  # where a refusal fails to come, little is drawn
+        commands.append([name, [put_in(word) for word in words]])
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder)],
         input=json.dumps(commands),
