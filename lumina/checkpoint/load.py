@@ -9,6 +9,7 @@ from torch import Tensor
 from lumina.checkpoint.manifest import CONFIG, TensorEntry, checkpoints_of, read_manifest, sha256_of
 from lumina.config.load import load_config
 from lumina.config.schema import Config
+from lumina.model.config import FlagDiTConfig
 
 
 class Checkpoint:
@@ -26,7 +27,7 @@ class Checkpoint:
     @property
     def config(self) -> Config:
         """The configuration of the run that wrote it."""
-        return load_config(self.directory / CONFIG)
+        return load_config(self._check(CONFIG))
 
     def names(self, kind: str) -> list[str]:
         """Tensors of a kind; none for a kind that was not saved."""
@@ -76,7 +77,10 @@ class Checkpoint:
             if listed is None or Path(name).name != name:
                 raise ValueError(f"{self.directory}: the manifest names {name!r}, which it does not list as a file")
             if not path.is_file() or path.stat().st_size != listed.bytes or sha256_of(path) != listed.sha256:
-                raise ValueError(f"{path} is missing or damaged: it is not the file that was saved (SHA-256 differs)")
+                raise ValueError(
+                    f"{path} is missing or damaged: it is not the file that was saved (SHA-256 differs); "
+                    f"remove {self.directory} to go on from the checkpoint before it"
+                )
             self._checked.add(name)
         return path
 
@@ -85,3 +89,18 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a run, or None."""
     folders = checkpoints_of(run_dir)
     return Checkpoint(folders[-1]) if folders else None
+
+
+def model_config(config: Config) -> FlagDiTConfig:
+    """The model's sizes in a run's configuration.
+
+    Raises:
+        ValueError: for sizes that do not fit together, and where `text` is given to a label-conditional model or
+            missing for a text-conditional one.
+    """
+    sizes = FlagDiTConfig.from_dict(config.model)
+    if sizes.text_conditional and config.text is None:
+        raise ValueError("text is missing: a text-conditional model needs an encoder, as `text: {encoder: bytes}`")
+    if not sizes.text_conditional and config.text is not None:
+        raise ValueError("text is given, but model.num_classes makes the model label-conditional; remove one of them")
+    return sizes

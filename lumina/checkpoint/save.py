@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,16 +62,17 @@ def save_checkpoint(
     problem, report = "", None
     try:
         report = _write_pieces(temporary / f"rank_{mesh.world.rank:05d}.safetensors", pieces)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         problem = str(error)
     reports = mesh.gather((problem, report))
     if mesh.is_first:
         problem = next((theirs for theirs, _ in reports if theirs), "")
         if not problem:
             try:
-                manifest = _manifest(step, optimizer_steps, data, [theirs for _, theirs in reports if theirs])
-                _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
                 _write_durably(temporary / CONFIG, dump_config(config))
+                written = [theirs for _, theirs in reports if theirs] + [_report(temporary / CONFIG)]
+                manifest = _manifest(step, optimizer_steps, data, written)
+                _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
                 _sync(temporary)
                 if final.exists():  # a run that resumed from before this step comes by again
                     shutil.rmtree(final)
@@ -99,6 +101,11 @@ def _write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
     # safetensors refuses tensors that share memory, as two fragments of one flat partition would.
     save_file({key: value.clone() for key, value in tensors.items()}, path)
     _sync(path)
+    return _report(path, entries)
+
+
+def _report(path: Path, entries: Sequence[tuple] = ()) -> dict[str, Any]:
+    """What the manifest says of a file; `entries`: kind, name, shape, start and numel of each piece in it."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "entries": entries}
 
 
@@ -118,6 +125,13 @@ def _manifest(step: int, optimizer_steps: int, data: dict[str, Any], reports: li
         "files": {r["file"]: {"bytes": r["bytes"], "sha256": r["sha256"]} for r in reports},
         "software": {package: version(package) for package in _PACKAGES},
     }
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader, or a kill, finds the old text or the new."""
+    temporary = path.with_name(f".{path.name}.partial")
+    _write_durably(temporary, text)
+    temporary.rename(path)
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -2,19 +2,24 @@
 
 import argparse
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from lumina.config.schema import TextConfig, VaeConfig
 from lumina.inference.images import contact_sheet, save_sample
 from lumina.inference.pipeline import LuminaPipeline
 
 LARGEST_SHEET = 400
+LARGEST_SEED = 2**63
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Job:
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    """Everything is checked, and the first batch drawn, before the folder is made.
+    """Draw what `lumina sample` was asked for; the folder is there when all of it is.
 
     Raises:
         ValueError: for no prompt, an empty file of prompts, a folder that is not empty or cannot be written, a count
@@ -42,12 +47,14 @@ def draw(arguments: argparse.Namespace) -> None:
         device=_device(arguments.device),
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[arguments.dtype],
         weights=arguments.weights,
-        text=TextConfig(encoder=arguments.text_encoder) if arguments.text_encoder else None,
-        vae=VaeConfig(model=arguments.vae) if arguments.vae else None,
+        text=arguments.text_encoder,
+        vae=arguments.vae,
     )
     settings = {
         "model": arguments.model,
         "weights": arguments.weights,
+        "text_encoder": arguments.text_encoder,
+        "vae": arguments.vae,
         "height": arguments.height,
         "width": arguments.width,
         "frames": arguments.frames,
@@ -57,6 +64,15 @@ def draw(arguments: argparse.Namespace) -> None:
         "solver": arguments.solver,
         "time_shift": arguments.time_shift,
     }
+    with _whole_folder(out) as folder:
+        _draw_into(folder, pipeline, jobs, settings, arguments)
+    print(f"{len(jobs)} samples in {out}; all on one sheet: {out / 'sheet.png'}")
+
+
+def _draw_into(
+    folder: Path, pipeline: LuminaPipeline, jobs: list[Job], settings: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    """The files of all jobs, samples.json and sheet.png."""
     records, sheet = [], []
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -75,16 +91,40 @@ def draw(arguments: argparse.Namespace) -> None:
                 solver=arguments.solver,
                 time_shift=arguments.time_shift,
             )
-            out.mkdir(parents=True, exist_ok=True)
             for job, frames in zip(batch, output.frames, strict=True):
-                path = save_sample(frames, out / f"{len(records):06d}")
+                path = save_sample(frames, folder / f"{len(records):06d}")
                 records.append({"file": path.name, "prompt": job.prompt, "seed": job.seed, "settings": settings})
                 if len(sheet) < LARGEST_SHEET:
                     sheet.append(frames[0])
             progress.advance(task, len(batch))
-    (out / "samples.json").write_text(json.dumps(records, indent=1, ensure_ascii=False))
-    contact_sheet(sheet, columns=arguments.count if arguments.count > 1 else min(len(sheet), 8)).save(out / "sheet.png")
-    print(f"{len(records)} samples in {out}; all on one sheet: {out / 'sheet.png'}")
+    (folder / "samples.json").write_text(json.dumps(records, indent=1, ensure_ascii=False))
+    columns = arguments.count if arguments.count > 1 else min(len(sheet), 8)
+    contact_sheet(sheet, columns).save(folder / "sheet.png")
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when all is written, and goes when something fails.
+
+    Raises:
+        ValueError: where the place beside `out` cannot be written.
+    """
+    partial = out.absolute().with_name(f".{out.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()  # it is empty
+        partial.rename(out)
+    except OSError as error:
+        raise OSError(f"the samples could not be written to {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -94,7 +134,8 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts-file {path} cannot be read as UTF-8 text: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ValueError(f"--prompts-file {path} cannot be read: {reason}") from error
         from_file = [line.strip() for line in lines if line.strip()]
         if not from_file:
             raise ValueError(f"--prompts-file {path} is empty; write a prompt on each line")
@@ -103,25 +144,20 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
         raise ValueError("there is nothing to draw; give --prompt TEXT or --prompts-file F")
     if arguments.count < 1:
         raise ValueError(f"--count is {arguments.count}; it must be at least 1")
-    if arguments.seed < 0:
-        raise ValueError(f"--seed is {arguments.seed}; it must be at least 0")
     repeated = [prompt for prompt in prompts for _ in range(arguments.count)]
+    if not 0 <= arguments.seed <= LARGEST_SEED - len(repeated):
+        raise ValueError(
+            f"--seed is {arguments.seed}; it must be at least 0 and below {LARGEST_SEED - len(repeated):,}"
+        )
     return [Job(prompt, arguments.seed + i) for i, prompt in enumerate(repeated)]
 
 
 def _check_folder(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty folder; name a new one, so that nothing is overwritten")
-    try:
-        existed = out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-        if not existed:
-            out.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: {nearest} is no folder that you may write to")
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -129,6 +165,8 @@ def _device(name: str | None) -> torch.device | None:
         return None
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

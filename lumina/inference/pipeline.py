@@ -1,5 +1,6 @@
 """From prompts to pictures, in the manner of diffusers' pipelines."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lumina.checkpoint.load import Checkpoint, latest_checkpoint
+from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
-from lumina.config.schema import Config, FlowConfig, TextConfig, VaeConfig
+from lumina.config.schema import FlowConfig, TextConfig, VaeConfig
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
 from lumina.flow.solver import SDE_SOLVERS, sample
 from lumina.inference.images import to_images
-from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
 
@@ -71,8 +71,8 @@ class LuminaPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         weights: str = "ema",
-        text: TextConfig | None = None,
-        vae: VaeConfig | None = None,
+        text: TextConfig | str | None = None,
+        vae: VaeConfig | str | None = None,
     ) -> "LuminaPipeline":
         """Open a run (its newest checkpoint), a checkpoint, an inference folder or a public Lumina-T2I folder.
 
@@ -81,7 +81,8 @@ class LuminaPipeline:
             device: where to sample; a GPU if there is one.
             dtype: of the model's weights; fp32 on a CPU and bf16 on a GPU by default.
             weights: "ema" or "model".
-            text, vae: instead of the encoders the folder names; a public folder names none.
+            text, vae: instead of the encoders the folder names; a name keeps the folder's other settings. A public
+                folder names no text encoder.
 
         Raises:
             ValueError: for a folder that is none of these, or encoders that cannot be had.
@@ -92,7 +93,11 @@ class LuminaPipeline:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if weights not in ("ema", "model"):
             raise ValueError(f"weights is {weights!r}; it is `ema` or `model`")
-        model, flow, own_text, own_vae = _open(directory, weights, text)
+        model, flow, own_text, own_vae = _open(directory, weights)
+        if isinstance(text, str):
+            text = (own_text or TextConfig()).model_copy(update={"encoder": text})
+        if isinstance(vae, str):
+            vae = own_vae.model_copy(update={"model": vae, "scale": None, "shift": None})
         text, vae = text or own_text, vae or own_vae
         settings = {"flow": flow.model_dump(), "vae": vae.model_dump()}
         if model.config.text_conditional:
@@ -153,6 +158,8 @@ class LuminaPipeline:
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt to draw; give at least one")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be a finite number")
         if num_images_per_prompt < 1 or num_frames < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} and num_frames={num_frames} must be ≥ 1")
         if num_frames > 1 and not self.model.config.frames:
@@ -240,9 +247,7 @@ class LuminaPipeline:
         return unguided if guidance == 1.0 else guided
 
 
-def _open(
-    directory: Path, weights: str, text: TextConfig | None
-) -> tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig]:
+def _open(directory: Path, weights: str) -> tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; give a run, a checkpoint or an inference folder")
     if (directory / MANIFEST).is_file():
@@ -254,7 +259,7 @@ def _open(
         raise ValueError(f"{directory} is a run without a complete checkpoint yet; train it further")
     model = load_pretrained(directory, None, weights)
     if not (directory / "config.json").is_file():  # public weights, trained with the SD autoencoder
-        return model, FlowConfig(), text, VaeConfig(model="stabilityai/sd-vae-ft-ema")
+        return model, FlowConfig(), None, VaeConfig(model="stabilityai/sd-vae-ft-ema")
     config = read_config(directory)
     try:
         flow = FlowConfig.model_validate(config.get("flow", {}))
@@ -269,18 +274,3 @@ def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> tuple[FlagDiT, Flo
     kind = EMA if weights == "ema" else WEIGHTS
     model = build(model_config(config), checkpoint.state_dict(kind), str(checkpoint.directory))
     return model, config.flow, config.text, config.vae
-
-
-def model_config(config: Config) -> FlagDiTConfig:
-    """The model's sizes in a run's configuration.
-
-    Raises:
-        ValueError: for sizes that do not fit together, and where `text` is given to a label-conditional model or
-            missing for a text-conditional one.
-    """
-    sizes = FlagDiTConfig.from_dict(config.model)
-    if sizes.text_conditional and config.text is None:
-        raise ValueError("text is missing: a text-conditional model needs an encoder, as `text: {encoder: bytes}`")
-    if not sizes.text_conditional and config.text is not None:
-        raise ValueError("text is given, but model.num_classes makes the model label-conditional; remove one of them")
-    return sizes

@@ -152,7 +152,7 @@ class FlagDiT(nn.Module):
         if layout is not None:
             return self.forward_packed(x, t, layout, captions, labels, extrapolation)
         samples = [sample.unsqueeze(0) if sample.dim() == 3 else sample for sample in x]
-        self._check(samples, t, cap_feats, labels)
+        self._check(samples, t, cap_feats, cap_mask, labels)
         captions = None if cap_feats is None else Captions.from_padded(cap_feats, cap_mask)
         layout = self.layout([tuple(sample.shape) for sample in samples], t.device)
         out = self.forward_packed(pack(samples, layout), t, layout, captions, labels, extrapolation)
@@ -276,7 +276,14 @@ class FlagDiT(nn.Module):
 
         return load_pretrained(Path(directory), config, weights)
 
-    def _check(self, samples: list[Tensor], t: Tensor, cap_feats: Tensor | None, labels: Tensor | None) -> None:
+    def _check(
+        self,
+        samples: list[Tensor],
+        t: Tensor,
+        cap_feats: Tensor | None,
+        cap_mask: Tensor | None,
+        labels: Tensor | None,
+    ) -> None:
         given, needed = ("labels", "cap_feats") if self.config.text_conditional else ("cap_feats", "labels")
         conditions = {"cap_feats": cap_feats, "labels": labels}
         if conditions[given] is not None or conditions[needed] is None:
@@ -284,11 +291,24 @@ class FlagDiT(nn.Module):
                 f"this model is {'text' if self.config.text_conditional else 'label'}-conditional: "
                 f"it takes {needed} and no {given}"
             )
+        if t.dim() != 1:
+            raise ValueError(f"t is {tuple(t.shape)}; it holds a time for each sample, (N,)")
         if not len(samples) == len(t) == len(conditions[needed]):
             raise ValueError(
                 f"{len(samples)} samples, {len(t)} times and {len(conditions[needed])} conditions; "
                 "there must be as many of each"
             )
+        if not samples:
+            raise ValueError("there is no sample; a call takes at least one")
+        if cap_feats is not None:
+            width = self.config.cap_feat_dim
+            if cap_feats.dim() != 3 or cap_feats.shape[-1] != width:
+                raise ValueError(
+                    f"cap_feats is {tuple(cap_feats.shape)}; this model takes (N, L, cap_feat_dim={width})"
+                )
+            if cap_mask is None or cap_mask.shape != cap_feats.shape[:2]:
+                shape = None if cap_mask is None else tuple(cap_mask.shape)
+                raise ValueError(f"cap_mask is {shape}; with these cap_feats it is {tuple(cap_feats.shape[:2])}")
         for sample in samples:
             frames, channels = sample.shape[:2]
             if channels != self.config.in_channels:

@@ -24,6 +24,8 @@ from lumina.parallel.fragments import Fragment, fragments_of
 from lumina.parallel.mesh import Mesh
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
+# torch's new names for collectives that DeepSpeed calls by the old ones: nothing a user can act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Which process is which: the world as the launcher describes it, and the mesh axes laid over it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
 )
 _TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,3 +144,20 @@ def close_mesh() -> None:
     """End process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def first_then_others(mesh: Mesh, work: Callable[[bool], T]) -> T:
+    """`work(True)` on the first process, and only then `work(False)` on the others.
+
+    Raises:
+        ValueError: on every process where the first raised one.
+    """
+    result, error = None, None
+    if mesh.is_first:
+        try:
+            result = work(True)
+        except ValueError as raised:
+            error = raised
+    if mesh.any(error is not None):
+        raise error or ValueError("the first process refused its input; it says why")
+    return result if mesh.is_first else work(False)

@@ -1,12 +1,15 @@
 """From a configuration to everything a run needs, checked before anything is written."""
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from lumina.checkpoint.load import model_config
+from lumina.checkpoint.manifest import checkpoints_of
 from lumina.config.schema import Config
 from lumina.data.decode import cropped_size
 from lumina.data.index import Index
@@ -15,12 +18,11 @@ from lumina.data.plan import Plan
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
-from lumina.inference.pipeline import model_config
 from lumina.model.config import FlagDiTConfig
 from lumina.model.tokens import token_count
-from lumina.parallel.mesh import Mesh
+from lumina.parallel.mesh import Mesh, first_then_others
 
-T = TypeVar("T")
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,8 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     Raises:
         ValueError: for whatever in `config` does not fit: sizes, encoders, data, layout.
     """
+    if config.checkpoint.asynchronous:
+        raise ValueError("checkpoint.async=true: in this version training waits for a save; set checkpoint.async=false")
     model = model_config(config)
     objective = Objective.build(**config.flow.model_dump())
     accumulation_steps = _accumulation_steps(config, mesh)
@@ -66,6 +70,7 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     index = first_then_others(mesh, lambda first: Index.open(config.data.shards, build_missing=first))
     if not model.frames and (index.frames > 1).any():
         raise ValueError("data.shards hold samples of more than one frame; set model.frames=true to train on them")
+    _check_conditions(index, model)
     plan = Plan(
         lambda epoch: epoch_order(config.run.seed, epoch, len(index)),
         lambda ids: sample_tokens(index, ids, model, vae),
@@ -106,35 +111,38 @@ def _accumulation_steps(config: Config, mesh: Mesh) -> int:
     return of_rank // at_once
 
 
-def first_then_others(mesh: Mesh, work: Callable[[bool], T]) -> T:
-    """`work(True)` on the first process, and only then `work(False)` on the others.
+def _check_conditions(index: Index, model: FlagDiTConfig) -> None:
+    """Refuse a data set that lacks what the model is conditioned on."""
+    if model.text_conditional:
+        wrong, what = index.caption_lengths < 0, "has no caption, on which the model is conditioned"
+    else:
+        wrong = (index.labels < 0) | (index.labels >= model.num_classes)
+        what = f"has no label from 0 to {model.num_classes - 1}, which model.num_classes={model.num_classes} asks for"
+    if wrong.any():
+        raise ValueError(f"{index.name(int(wrong.argmax()))} {what}; so do {int(wrong.sum())} of {len(index)} samples")
+
+
+@contextmanager
+def run_folder(run_dir: Path) -> Iterator[None]:
+    """Make the run's folder, or accept one that holds a run already, and keep other processes out while it lasts.
 
     Raises:
-        ValueError: on every process where the first raised one.
-    """
-    result, error = None, None
-    if mesh.is_first:
-        try:
-            result = work(True)
-        except ValueError as raised:
-            error = raised
-    if mesh.any(error is not None):
-        raise error or ValueError("the first process refused its input; it says why")
-    return result if mesh.is_first else work(False)
-
-
-def prepare_run_folder(run_dir: Path) -> None:
-    """Make the run's folder, or accept one that holds a run already.
-
-    Raises:
-        ValueError: for a folder that cannot be written, or holds something else.
+        ValueError: for a folder that cannot be written, holds something else, or is in use.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
+        held = any(path.name != _LOCK for path in run_dir.iterdir())
+        lock = (run_dir / _LOCK).open("w")
     except OSError as error:
         raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror or error}") from error
-    if not (run_dir / "config.yaml").is_file() and any(run_dir.iterdir()):
-        raise ValueError(f"run.dir={run_dir} is not empty and holds no run of Lumina; name a new folder")
+    with lock:
+        if held and not (run_dir / "config.yaml").is_file() and not checkpoints_of(run_dir):
+            (run_dir / _LOCK).unlink()
+            raise ValueError(f"run.dir={run_dir} is not empty and holds no run of Lumina; name a new folder")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"run.dir={run_dir} is in use: another process trains there; wait for it, or name another folder"
+            ) from error
+        yield

@@ -4,15 +4,16 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lumina.checkpoint.load import Checkpoint, latest_checkpoint
+from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA as EMA_WEIGHTS
 from lumina.checkpoint.manifest import WEIGHTS
-from lumina.checkpoint.save import Piece, save_checkpoint
+from lumina.checkpoint.save import Piece, replace_text, save_checkpoint
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
 from lumina.data.loader import Loader, Sample
@@ -21,9 +22,9 @@ from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import forward_flops
 from lumina.model.pretrained import build
 from lumina.parallel.engine import Engine
-from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
+from lumina.parallel.mesh import Mesh, close_mesh, first_then_others, open_mesh
 from lumina.parallel.randomness import Randomness
-from lumina.train.assemble import assemble, first_then_others, prepare_run_folder
+from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
@@ -42,20 +43,41 @@ def train(config: Config) -> None:
     """
     mesh = open_mesh(config.parallel, config.precision)
     try:
-        trainer = Trainer(config, mesh)
-        try:
-            trainer.run()
-        finally:
-            trainer.engine.close()
+        with StopSignals() as signals:
+            trainer = Trainer(config, mesh, signals)
+            try:
+                trainer.run()
+            finally:
+                trainer.engine.close()
     finally:
         close_mesh()
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C, from the first moment of a run: the step at hand is finished and saved."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self.asked = True
 
 
 class Trainer:
     """One run on this process. Every rank makes one and does the same, but for its own packs."""
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: Config, mesh: Mesh, signals: StopSignals):
+        self.config, self.mesh, self.signals = config, mesh, signals
         self.run_dir = Path(config.run.dir)
         self.parts = assemble(config, mesh)
         check_preview(config, self.parts)
@@ -95,8 +117,6 @@ class Trainer:
                 lambda kind, f: checkpoint.read(kind, f.name, f.start, f.numel), checkpoint.manifest.optimizer_steps
             )
             self.ema.restore(lambda f: checkpoint.read(EMA_WEIGHTS, f.name, f.start, f.numel))
-        self._stop_asked = False
-        self._saved_step = self.step
 
     def _initial_model(self, checkpoint: Checkpoint | None) -> FlagDiT:
         if checkpoint is not None:
@@ -107,17 +127,13 @@ class Trainer:
 
     def run(self) -> None:
         """From the present step to the last."""
-        first_then_others(self.mesh, lambda first: prepare_run_folder(self.run_dir) if first else None)
-        if self.mesh.is_first:
-            (self.run_dir / "config.yaml").write_text(dump_config(self.config))
-        previous = {name: signal.signal(name, self._ask_to_stop) for name in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with Metrics(self.config, self.step + 1, enabled=self.mesh.is_first) as metrics:
-                self._introduce(metrics)
-                self._train(metrics)
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
+        with ExitStack() as stack:
+            first_then_others(self.mesh, lambda first: stack.enter_context(run_folder(self.run_dir)) if first else None)
+            if self.mesh.is_first and self.step < self.config.train.steps:
+                replace_text(self.run_dir / "config.yaml", dump_config(self.config))
+            metrics = stack.enter_context(Metrics(self.config, self.step + 1, enabled=self.mesh.is_first))
+            self._introduce(metrics)
+            self._train(metrics)
 
     def _introduce(self, metrics: Metrics) -> None:
         plan, parts = self.parts.plan, self.parts
@@ -155,7 +171,7 @@ class Trainer:
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             flops = sum(self._flops(pack) for pack in packs)
             loss, tokens, flops, bad, stop = self.mesh.sum(
-                [result.loss_share, tokens, flops, batch.bad, self._stop_asked]
+                [result.loss_share, tokens, flops, batch.bad, self.signals.asked]
             )
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
@@ -189,6 +205,8 @@ class Trainer:
                 self._save(batch.state_after)
             if config.preview.every and (last or self.step % config.preview.every == 0):
                 self._preview(metrics)
+            if last and skipped_in_a_row:
+                metrics.say(f"the last {skipped_in_a_row} steps were not finite and were skipped: look at the loss")
             if stop:
                 metrics.say(f"asked to stop: saved after step {self.step}; the same command goes on from there")
                 return
@@ -251,22 +269,25 @@ class Trainer:
             weights[name] = whole
         return weights if self.mesh.is_first else None
 
-    def _ask_to_stop(self, number: int, frame: object) -> None:
-        if self._stop_asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
-        self._stop_asked = True
-
 
 def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse to resume what would silently be another run."""
-    before = checkpoint.config
-    if before.run.seed != config.run.seed:
-        raise ValueError(
-            f"run.seed={config.run.seed}, but {config.run.dir} was started with {before.run.seed}, on which the order "
-            "of its data depends; resume with that seed, or name another run.dir"
-        )
-    if before.flow.path != config.flow.path or before.flow.prediction != config.flow.prediction:
-        raise ValueError(
-            f"flow is {config.flow.path}/{config.flow.prediction}, but {config.run.dir} was trained on "
-            f"{before.flow.path}/{before.flow.prediction}; name another run.dir"
-        )
+    now = _identity(config)
+    for key, before in _identity(checkpoint.config).items():
+        if now.get(key) != before:
+            raise ValueError(
+                f"{key}={now.get(key)}, but {config.run.dir} was trained with {before}; "
+                f"set it back to go on with that run, or name another run.dir"
+            )
+
+
+def _identity(config: Config) -> dict[str, object]:
+    """What cannot change without making another run of it; rates, lengths and layouts can."""
+    sections = {
+        "model": model_config(config).to_dict(),
+        "flow": config.flow.model_dump(include={"path", "prediction"}),
+        "text": config.text.model_dump(exclude={"dtype"}) if config.text else {},
+        "vae": config.vae.model_dump(exclude={"dtype"}),
+    }
+    named = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {"run.seed": config.run.seed, **named}

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lumina.checkpoint.save import replace_text
 from lumina.config.schema import Config
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
@@ -70,7 +71,7 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < first_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            replace_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a")
         self._writer = None
         if config.log.tensorboard:
@@ -109,7 +110,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """A sentence for the person who watches, above the progress line."""
         if self._enabled:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def write(self, metrics: StepMetrics) -> None:
         """Record a step."""

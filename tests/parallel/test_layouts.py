@@ -149,6 +149,7 @@ def test_too_many_skips_in_a_row_stop_the_run(digits, tmp_path):
     tree = tiny_config(tmp_path / "run", digits, train__learning_rate=1e38, train__steps=20, train__clip_norm=1e30)
     with pytest.raises(AssertionError, match="3 steps in a row"):
         run_ranks(1, train_tree, tree)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_rank_count_that_does_not_fit_is_refused(digits, tmp_path):
@@ -156,3 +157,39 @@ def test_a_rank_count_that_does_not_fit_is_refused(digits, tmp_path):
     with pytest.raises(AssertionError, match=r"global_batch_packs=3 cannot be shared by 2 .* is 4"):
         run_ranks(2, train_tree, tree)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_in_use_is_refused(digits, tmp_path):
+    from lumina.train.assemble import run_folder
+
+    with run_folder(tmp_path / "run"), pytest.raises(AssertionError, match="another process trains there"):
+        (tmp_path / "run" / "config.yaml").touch()
+        run_ranks(1, train_tree, tiny_config(tmp_path / "run", digits))
+    run_ranks(1, train_tree, tiny_config(tmp_path / "run", digits, train__steps=1))
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(one_process, digits, tmp_path):
+    """Asked to stop before its first step, a run takes that step, saves it and ends without an error."""
+    tree = tiny_config(tmp_path / "run", digits, parallel__zero_stage=0)
+    run_ranks(1, _train_terminated, tree)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1]
+    run_ranks(1, train_tree, tree)
+    assert [line["loss"] for line in metrics_of(tmp_path / "run")] == [line["loss"] for line in one_process[0]]
+
+
+def _train_terminated(rank: int, tree: dict) -> None:
+    import signal
+
+    from lumina.train import loop
+
+    assemble = loop.assemble
+
+    def terminated(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return assemble(*arguments)
+
+    loop.assemble = terminated
+    train_tree(rank, tree)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint
 from lumina.checkpoint.manifest import MANIFEST, checkpoints_of
@@ -111,11 +112,12 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path, config):
         Checkpoint(folder).state_dict("master")
 
 
-def test_a_full_disk_leaves_nothing_visible(tmp_path, config, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_leaves_nothing_visible(tmp_path, config, monkeypatch, error):
     save(tmp_path, config, 1)
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("lumina.checkpoint.save.save_file", full)
     with pytest.raises(OSError, match=r"step 2 could not be saved .* No space left"):
@@ -125,3 +127,10 @@ def test_a_full_disk_leaves_nothing_visible(tmp_path, config, monkeypatch):
 
 def test_the_configuration_comes_along(tmp_path, config):
     assert Checkpoint(save(tmp_path, config)).config == config
+
+
+def test_a_changed_configuration_is_refused(tmp_path, config):
+    folder = save(tmp_path, config)
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is missing or damaged.*remove .*step_00000001"):
+        _ = Checkpoint(folder).config
