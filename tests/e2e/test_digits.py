@@ -14,7 +14,7 @@ from lumina.data.write import write_shards
 from tests.e2e.recognition import draw_digits, verdict
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
-STEPS = 350  # of the 1,000 that the configuration trains
+STEPS = 350  # of the 600 that the configuration trains
 PER_DIGIT = 20
 
 pytestmark = pytest.mark.slow

@@ -146,9 +146,10 @@ def _train_with_nan(rank: int, trees: list[dict], ports: list[int]) -> list[str]
 
 @pytest.mark.slow
 def test_too_many_skips_in_a_row_stop_the_run(digits, tmp_path):
-    tree = tiny_config(tmp_path / "run", digits, train__learning_rate=1e38, train__steps=20, train__clip_norm=1e30)
+    tree = tiny_config(tmp_path / "run", digits, train__learning_rate=1e30, train__steps=20, train__clip_norm=1e30)
     with pytest.raises(AssertionError, match="3 steps in a row"):
         run_ranks(1, train_tree, tree)
+    assert all(line["skipped"] for line in metrics_of(tmp_path / "run")[-3:])
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -163,9 +164,10 @@ def test_a_rank_count_that_does_not_fit_is_refused(digits, tmp_path):
 def test_a_run_folder_in_use_is_refused(digits, tmp_path):
     from lumina.train.assemble import run_folder
 
-    with run_folder(tmp_path / "run"), pytest.raises(AssertionError, match="another process trains there"):
+    with run_folder(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").touch()
-        run_ranks(1, train_tree, tiny_config(tmp_path / "run", digits))
+        with pytest.raises(AssertionError, match="another process trains there"):
+            run_ranks(1, train_tree, tiny_config(tmp_path / "run", digits))
     run_ranks(1, train_tree, tiny_config(tmp_path / "run", digits, train__steps=1))
     assert len(metrics_of(tmp_path / "run")) == 1
 
