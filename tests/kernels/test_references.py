@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+
 from lumina.kernels import (
     AttentionPlan,
     attention,
