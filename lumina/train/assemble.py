@@ -4,6 +4,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,10 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     """
     if config.checkpoint.asynchronous:
         raise ValueError("checkpoint.async=true: in this version training waits for a save; set checkpoint.async=false")
+    if config.log.wandb_project is not None and find_spec("wandb") is None:
+        raise ValueError(
+            "log.wandb_project is set but wandb is not installed; run `pip install 'lumina-t2x[wandb]'` or unset it"
+        )
     model = model_config(config)
     objective = Objective.build(**config.flow.model_dump())
     accumulation_steps = _accumulation_steps(config, mesh)

@@ -140,8 +140,8 @@ class Trainer:
         parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         metrics.say(
             f"Flag-DiT with {parameters:,} parameters · {len(parts.index):,} samples · "
-            f"{self.config.train.global_batch_packs} packs of {plan.tokens_per_pack:,} tokens a step "
-            f"({plan.waste(self.loader.state, batches=20):.1%} unused) · {self.mesh.data_size} ranks, "
+            f"packs a step: {self.config.train.global_batch_packs}, of {plan.tokens_per_pack:,} tokens "
+            f"({plan.waste(self.loader.state, batches=20):.1%} unused) · ranks: {self.mesh.data_size}, "
             f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision}"
         )
         if self.step >= self.config.train.steps:

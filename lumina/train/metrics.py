@@ -165,12 +165,8 @@ def _step_of(line: str) -> float:
 def _start_wandb(config: Config):
     if config.log.wandb_project is None:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            "log.wandb_project is set but wandb is not installed; run `pip install 'lumina-t2x[wandb]'` or unset it"
-        ) from None
+    import wandb
+
     run_dir = Path(config.run.dir)
     return wandb.init(
         project=config.log.wandb_project, name=run_dir.name, dir=str(run_dir), config=config.model_dump(by_alias=True)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ REFUSED = {
     "a seed beyond torch's": ("sample MODEL --out DIR/new --prompt two --seed 99999999999999999999", "--seed is 999"),
     "a device without data": ("sample MODEL --out DIR/new --prompt two --device meta", "--device meta cannot be used"),
     "an infinite rate": ("train CONFIG train.learning_rate=.inf", "train.learning_rate: input should be a finite"),
+    "no wandb": ("train CONFIG log.wandb_project=lumina", "pip install 'lumina-t2x[wandb]'"),
     "asynchronous saves": ("train CONFIG checkpoint.async=true", "checkpoint.async=true"),
     "labels beyond the classes": (
         "train CONFIG text=null model.cap_feat_dim=null model.num_classes=5",
@@ -140,6 +142,9 @@ REFUSED = {
     "digits over something": ("data digits DIR/other", "DIR/other"),
     "index of nothing": ("data index DIR/none", "DIR/none"),
 }
+
+if find_spec("wandb") is not None:
+    del REFUSED["no wandb"]
 
 DONE = {
     "train": ["train", "CONFIG", "run.dir=RUN"],
