@@ -47,7 +47,7 @@ class VaeConfig(Section):
     """The frozen image autoencoder."""
 
     model: str = Field("identity", description="`identity` for pixels, or a diffusers AutoencoderKL by name or folder")
-    scale: float | None = Field(None, description="latents are (z - shift) * scale; null takes the model's own")
+    scale: float | None = Field(None, gt=0, description="latents are (z - shift) * scale; null takes the model's own")
     shift: float | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
 

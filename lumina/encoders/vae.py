@@ -1,6 +1,5 @@
 """Pixels to latents and back: `identity`, or a frozen diffusers AutoencoderKL."""
 
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -110,10 +109,6 @@ def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = 
         ValueError: for a model that is missing, gated or unreadable, for another number of latent channels, and for a
             scale that is not a positive number.
     """
-    if config.scale is not None and not (math.isfinite(config.scale) and config.scale > 0):
-        raise ValueError(f"vae.scale: latents are multiplied by it, so a positive number, not {config.scale}")
-    if config.shift is not None and not math.isfinite(config.shift):
-        raise ValueError(f"vae.shift: a finite number, not {config.shift}")
     if config.model == "identity":
         return IdentityVae(config, in_channels, device)
     return DiffusersVae(config, in_channels, device)

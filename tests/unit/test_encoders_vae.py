@@ -201,9 +201,9 @@ def test_settings_that_make_no_sense(saved):
     with pytest.raises(ValueError, match=r"latents of 4 channels but the diffusion model takes 3; set model\.in_ch"):
         build(saved[0], in_channels=3)
     for scale in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"vae\.scale"):
+        with pytest.raises(ValueError, match="scale"):
             build(scale=scale)
-    with pytest.raises(ValueError, match=r"vae\.shift"):
+    with pytest.raises(ValueError, match="shift"):
         build(shift=float("inf"))
 
 
