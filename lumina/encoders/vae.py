@@ -106,8 +106,7 @@ def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = 
     `in_channels` are the diffusion model's, which the latents must have.
 
     Raises:
-        ValueError: for a model that is missing, gated or unreadable, for another number of latent channels, and for a
-            scale that is not a positive number.
+        ValueError: for a model that is missing, gated or unreadable, and for another number of latent channels.
     """
     if config.model == "identity":
         return IdentityVae(config, in_channels, device)
