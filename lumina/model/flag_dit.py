@@ -152,6 +152,8 @@ class FlagDiT(nn.Module):
         if layout is not None:
             return self.forward_packed(x, t, layout, captions, labels, extrapolation)
         samples = [sample.unsqueeze(0) if sample.dim() == 3 else sample for sample in x]
+        if wrong := [sample for sample in samples if sample.dim() != 4]:
+            raise ValueError(f"a sample is {tuple(wrong[0].shape)}; samples are (C, H, W) or (F, C, H, W)")
         self._check(samples, t, cap_feats, cap_mask, labels)
         captions = None if cap_feats is None else Captions.from_padded(cap_feats, cap_mask)
         layout = self.layout([tuple(sample.shape) for sample in samples], t.device)

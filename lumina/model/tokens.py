@@ -114,7 +114,7 @@ def unpack(rows: Float[Tensor, "t p"], layout: Layout) -> list[Float[Tensor, "_f
 
 def _patchify(sample: Float[Tensor, "f c h w"], p: int) -> Float[Tensor, "patches p"]:
     f, c, h, w = sample.shape
-    return sample.view(f, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, c * p * p)
+    return sample.reshape(f, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, c * p * p)
 
 
 def _unpatchify(patches: Float[Tensor, "patches p"], shape: Shape, p: int) -> Float[Tensor, "f c h w"]:

@@ -87,6 +87,12 @@ def test_a_batch_is_a_pack_of_equal_lengths():
     torch.testing.assert_close(model(x, t, **c), torch.stack(model(list(x), t, **c)), atol=0, rtol=0)
 
 
+def test_samples_need_not_be_contiguous():
+    model = random_model()
+    x, t, c = torch.randn(2, 3, 6, 4).transpose(2, 3), torch.rand(2), conditions(2)
+    assert torch.equal(model(x, t, **c), model(x.contiguous(), t, **c))
+
+
 def test_masked_caption_tokens_are_not_read():
     model = random_model()
     x, t, c = torch.randn(2, 3, 4, 4), torch.rand(2), conditions(2)
@@ -225,6 +231,12 @@ def test_unknown_model_key_names_the_nearest():
     [
         (lambda m, c: m(torch.randn(1, 3, 5, 4), torch.rand(1), **c), "multiples of 2"),
         (lambda m, c: m(torch.randn(1, 4, 4, 4), torch.rand(1), **c), "in_channels=3"),
+        (lambda m, c: m([torch.randn(4, 4)], torch.rand(1), **c), r"a sample is \(4, 4\)"),
+        (lambda m, c: m(torch.randn(1, 3, 4, 4), torch.rand(1), c["cap_feats"]), "cap_mask is None"),
+        (
+            lambda m, c: m(torch.randn(1, 3, 4, 4), torch.rand(1), torch.randn(1, 5, 8), c["cap_mask"]),
+            "cap_feat_dim=16",
+        ),
         (lambda m, c: m(torch.randn(2, 3, 4, 4), torch.rand(1), **c), "as many of each"),
         (lambda m, c: m(torch.randn(1, 2, 3, 4, 4), torch.rand(1), **c), "frames=True"),
         (lambda m, c: m(torch.randn(1, 3, 4, 4), torch.rand(1), labels=torch.tensor([1])), "takes cap_feats"),
