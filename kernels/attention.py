@@ -90,7 +90,7 @@ def attention(q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: AttentionPlan) 
         torch.split(x, list(lengths))
         for x, lengths in ((q_thd, plan.query_lengths), (k, plan.key_lengths), (v, plan.key_lengths))
     )
-    outputs = []
+    outputs = [q_thd[:0].float()]
     for q_i, k_i, v_i in zip(queries, keys, values, strict=True):
         scores = torch.einsum("qhd,khd->hqk", q_i.float(), k_i.float()) / math.sqrt(q_i.shape[-1])
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_i.float()))
@@ -98,7 +98,7 @@ def attention(q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: AttentionPlan) 
 
 
 def _flash_attn_usable(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_attn() is not None
+    return q.is_cuda and len(q) > 0 and q.dtype in (torch.bfloat16, torch.float16) and flash_attn() is not None
 
 
 @attention.implementation("flash_attn", usable=_flash_attn_usable)
@@ -119,6 +119,8 @@ def flash_attn_varlen(q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: Attenti
 def sdpa(q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: AttentionPlan) -> Tensor:
     """torch's scaled_dot_product_attention, one call for all samples of equal length."""
     groups = plan.groups
+    if not groups:  # a stretch of no tokens: keys and values get the gradient zero, not none
+        return q_thd + 0.0 * (k_shd.sum() + v_shd.sum())
     if len(groups) == 1:  # the whole pack, in order: nothing to gather but unequal captions
         return _sdpa_group(q_thd, k_shd, v_shd, groups[0])
     outputs = [_sdpa_group(q_thd[group.queries], k_shd, v_shd, group) for group in groups]

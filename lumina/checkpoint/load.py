@@ -1,15 +1,19 @@
-"""Loading: any stretch of any tensor of a checkpoint, whoever wrote it; files are checked before they are used."""
+"""Loading: any stretch of any part of a tensor, whoever wrote it; files are checked before they are used."""
 
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lumina.checkpoint.manifest import CONFIG, TensorEntry, checkpoints_of, read_manifest, sha256_of
+from lumina.checkpoint.manifest import CONFIG, TensorEntry, checkpoints_of, plain_stretch, read_manifest, sha256_of
 from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.model.config import FlagDiTConfig
+from lumina.parallel.fragments import Part
 
 
 class Checkpoint:
@@ -36,27 +40,39 @@ class Checkpoint:
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         return tuple(self._entry(kind, name).shape)
 
-    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, fp32; to its end by default.
+    def read(self, kind: str, name: str, start: int = 0, numel: int | None = None, part: Part | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened part (None: the tensor), fp32; to its end by default.
 
         Raises:
             ValueError: for a tensor or stretch that the checkpoint lacks, or a file that is damaged, naming it.
         """
         entry = self._entry(kind, name)
-        total = torch.Size(entry.shape).numel()
-        stop = total if numel is None else start + numel
-        values = torch.empty(stop - start)
-        covered = 0
+        try:
+            part, start, numel = plain_stretch(entry.shape, part, start, numel)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {kind}/{name}: {error}") from None
+        if part is not None and any(piece.part is not None and piece.part.dim != part.dim for piece in entry.pieces):
+            whole = self.read(kind, name).view(entry.shape)  # cut across another dimension: no common rows
+            return whole.narrow(part.dim, part.start, part.stop - part.start).reshape(-1)[start : start + numel]
+        values, found = torch.empty(numel), torch.zeros(numel, dtype=torch.bool)
         for piece in entry.pieces:
-            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
-            if first < last:
+            dim = next((p.dim for p in (piece.part, part) if p is not None), 0)
+            asked = _blocks(entry.shape, dim, part, start, numel)
+            held = _blocks(entry.shape, dim, piece.part, piece.start, piece.numel)
+            common = [(ours, theirs, both) for ours in asked for theirs in held if (both := ours.common(theirs))]
+            if common:
                 with safe_open(self._check(piece.file), framework="pt") as file:
-                    stored = file.get_slice(piece.key)[first - piece.start : last - piece.start]
-                values[first - start : last - start] = stored
-                covered += last - first
-        if covered != stop - start:
+                    stored = file.get_slice(piece.key)
+                    for ours, theirs, both in common:
+                        ours.cut(values, both).copy_(theirs.cut(stored, both))
+                        ours.cut(found, both).fill_(True)
+        # Elements, not pieces, are counted: one that two pieces hold does not make up for one that none holds.
+        covered = int(found.count_nonzero())
+        if covered != numel:
+            of_part = f" of its {part}" if part is not None else ""
             raise ValueError(
-                f"{self.directory}: {kind}/{name} has {covered} of the elements {start} to {stop}; pieces are missing"
+                f"{self.directory}: {kind}/{name} has {covered} of the elements {start} to {start + numel}{of_part}; "
+                "pieces are missing"
             )
         return values
 
@@ -83,6 +99,47 @@ class Checkpoint:
                 )
             self._checked.add(name)
         return path
+
+
+class _Block(NamedTuple):
+    """Rows [top, bottom) × columns [left, right) of a grid, row by row from element `offset` of a flat tensor on."""
+
+    offset: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def common(self, other: "_Block") -> "_Block | None":
+        """What both hold, or None; its offset means nothing."""
+        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
+        left, right = max(self.left, other.left), min(self.right, other.right)
+        return _Block(0, top, bottom, left, right) if top < bottom and left < right else None
+
+    def cut(self, flat: Any, inner: "_Block") -> Tensor:
+        """The block `inner` within this one, as a matrix: a view of a tensor, or what is read of a file's slice."""
+        rows, columns, stride = inner.bottom - inner.top, inner.right - inner.left, self.right - self.left
+        first = self.offset + (inner.top - self.top) * stride + inner.left - self.left
+        return flat[first : first + (rows - 1) * stride + columns].as_strided((rows, columns), (stride, 1))
+
+
+def _blocks(shape: Sequence[int], dim: int, part: Part | None, start: int, numel: int) -> list[_Block]:
+    """Where elements [start, start + numel) of the flattened part, along `dim` or None, are in a grid of the tensor.
+
+    A row of the grid is what one index of the dimensions before `dim` selects; a part along `dim` is some of its
+    columns. A stretch begins and ends anywhere in a row: at most three blocks.
+    """
+    left, right = 0, prod(shape[dim:])
+    if part is not None:
+        left, right = (index * prod(shape[dim + 1 :]) for index in part[1:])
+    blocks, done = [], 0
+    while done < numel:
+        row, column = divmod(start + done, right - left)
+        columns = min(right - left - column, numel - done)
+        rows = max(1, (numel - done) // columns) if column == 0 else 1
+        blocks.append(_Block(done, row, row + rows, left + column, left + column + columns))
+        done += rows * columns
+    return blocks
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:

@@ -1,18 +1,24 @@
 """What a checkpoint folder says about itself: manifest.json, beside the safetensors files it lists.
 
-A tensor is stored flat, in pieces; a piece is a stretch of it in one of the files. Which rank wrote which piece does
-not matter to a reader, so a checkpoint opens under any layout.
+A tensor is stored flat, in pieces; a piece is a stretch of it, or of a part of it, in one of the files. Which rank
+wrote which piece does not matter to a reader, so a checkpoint opens under any layout.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from lumina.config.schema import Section
+from pydantic import model_validator
 
-VERSION = 1
+from lumina.config.schema import Section
+from lumina.parallel.fragments import Part
+
+VERSION = 2
+READABLE = (1, VERSION)  # version 1 knew no parts
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FOLDER = "checkpoints"
@@ -22,12 +28,13 @@ WEIGHTS, EMA, MOMENTS = "master", "ema", ("exp_avg", "exp_avg_sq")
 
 
 class PieceEntry(Section):
-    """Elements [start, start + numel) of a flattened tensor: the tensor `key` of `file`."""
+    """Elements [start, start + numel) of a tensor's flattened part (None: all of it): the tensor `key` of `file`."""
 
     file: str
     key: str
     start: int
     numel: int
+    part: Part | None = None
 
 
 class TensorEntry(Section):
@@ -35,6 +42,12 @@ class TensorEntry(Section):
 
     shape: list[int]
     pieces: list[PieceEntry]
+
+    @model_validator(mode="after")
+    def _pieces_are_of_the_tensor(self) -> "TensorEntry":
+        for piece in self.pieces:
+            plain_stretch(self.shape, piece.part, piece.start, piece.numel)
+        return self
 
 
 class FileEntry(Section):
@@ -57,6 +70,31 @@ class Manifest(Section):
     software: dict[str, str]
 
 
+def plain_stretch(
+    shape: Sequence[int], part: Part | None, start: int, numel: int | None
+) -> tuple[Part | None, int, int]:
+    """Elements [start, start + numel) of the flattened part (to its end by default), as part, start and numel.
+
+    A part that is one stretch of the flattened tensor, as every part along dim 0 is, becomes that: its part is None.
+
+    Raises:
+        ValueError: where the tensor has no such part, or the part no such elements.
+    """
+    if part is None:
+        shape, part = (prod(shape),), Part(0, 0, prod(shape))
+    dim, first, last = part
+    if not (0 <= dim < len(shape) and 0 <= first <= last <= shape[dim]):
+        raise ValueError(f"a tensor of shape {tuple(shape)} has no {part}")
+    outer, inner = prod(shape[:dim]), prod(shape[dim + 1 :])
+    total = outer * (last - first) * inner
+    numel = total - start if numel is None else numel
+    if not 0 <= start <= start + numel <= total:
+        raise ValueError(f"{part} of shape {tuple(shape)} has {total} elements, not {start} to {start + numel}")
+    if outer == 1 or last - first == shape[dim]:
+        return None, first * inner + start, numel
+    return part, start, numel
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
@@ -72,8 +110,8 @@ def read_manifest(directory: Path) -> Manifest:
     except ValueError as error:  # broken JSON and pydantic's errors alike
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not written by Lumina ({reason})") from error
-    if manifest.format != "lumina-checkpoint" or manifest.version != VERSION:
-        raise ValueError(f"{path}: format {manifest.format} {manifest.version}; this version reads {VERSION}")
+    if manifest.format != "lumina-checkpoint" or manifest.version not in READABLE:
+        raise ValueError(f"{path}: format {manifest.format} {manifest.version}; this version reads {READABLE}")
     return manifest
 
 

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lumina.checkpoint.manifest import CONFIG, MANIFEST, VERSION, checkpoints_of, sha256_of, step_folder
+from lumina.checkpoint.manifest import CONFIG, MANIFEST, VERSION, checkpoints_of, plain_stretch, sha256_of, step_folder
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
+from lumina.parallel.fragments import Part
 from lumina.parallel.mesh import Mesh
 
 _PACKAGES = ("lumina-t2x", "torch", "deepspeed", "safetensors", "numpy")
@@ -24,13 +25,14 @@ _PACKAGES = ("lumina-t2x", "torch", "deepspeed", "safetensors", "numpy")
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stretch of a tensor that this rank writes: flat `values` from element `start` on."""
+    """A stretch of a tensor that this rank writes: flat `values`, from element `start` of the flattened part on."""
 
     kind: str
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
     start: int
     values: Tensor
+    part: Part | None = None  # the whole tensor
 
 
 def save_checkpoint(
@@ -94,8 +96,10 @@ def _write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
     entries = []
     for piece in pieces:
         key = f"{piece.kind}/{piece.name}"
+        assert key not in tensors, f"{key} twice from one rank"  # the second would replace the first
         tensors[key] = piece.values.detach().to("cpu", torch.float32).contiguous()
-        entries.append((piece.kind, piece.name, list(piece.shape), piece.start, piece.values.numel()))
+        part, start, numel = plain_stretch(piece.shape, piece.part, piece.start, piece.values.numel())
+        entries.append((piece.kind, piece.name, list(piece.shape), start, numel, part))
     if not tensors:
         return None
     # safetensors refuses tensors that share memory, as two fragments of one flat partition would.
@@ -105,16 +109,17 @@ def _write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
 
 
 def _report(path: Path, entries: Sequence[tuple] = ()) -> dict[str, Any]:
-    """What the manifest says of a file; `entries`: kind, name, shape, start and numel of each piece in it."""
+    """What the manifest says of a file; `entries`: kind, name, shape, start, numel and part of each piece in it."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "entries": entries}
 
 
 def _manifest(step: int, optimizer_steps: int, data: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     for report in reports:
-        for kind, name, shape, start, numel in report["entries"]:
+        for kind, name, shape, start, numel, part in report["entries"]:
             tensor = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
-            tensor["pieces"].append({"file": report["file"], "key": f"{kind}/{name}", "start": start, "numel": numel})
+            piece = {"file": report["file"], "key": f"{kind}/{name}", "start": start, "numel": numel, "part": part}
+            tensor["pieces"].append(piece)
     return {
         "format": "lumina-checkpoint",
         "version": VERSION,

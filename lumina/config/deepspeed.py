@@ -12,6 +12,7 @@ def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
         accumulation_steps: forward passes of a rank in one optimizer step.
     """
     bf16 = config.precision == "bf16"
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.parallel.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,  # a forward pass takes packs, which DeepSpeed need not count
         "gradient_accumulation_steps": accumulation_steps,
@@ -25,7 +26,10 @@ def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
             "overlap_comm": False,
             # DeepSpeed gathers a parameter below this size once and keeps it whole; we want none forgotten.
             "stage3_param_persistence_threshold": 0,
+            **offload,
         },
+        # Ours is torch's AdamW, which runs on a CPU as it does elsewhere.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -95,14 +95,19 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Sizes of the mesh axes; data parallel is what remains of the world size."""
+    """Sizes of the mesh axes, data parallel being what remains of the world size; and what is kept where."""
 
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    ring: int = Field(1, ge=1)
-    ulysses: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="ranks that share heads and columns of the weights")
+    pipeline: int = Field(1, ge=1, description="stages that share the blocks")
+    ring: int = Field(1, ge=1, description="ranks that share a pack's tokens by ring attention")
+    ulysses: int = Field(1, ge=1, description="ranks that share a pack's tokens, and heads in attention")
     sequence: bool = Field(False, description="Megatron sequence parallel beside tensor parallel")
     zero_stage: int = Field(1, ge=0, le=3)
+    offload_optimizer: bool = Field(False, description="masters and moments live, and are updated, on the CPU")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what of a block the backward pass computes again: all but attention, or all"
+    )
+    offload_activations: bool = Field(False, description="what full recomputation keeps of a block waits on the CPU")
 
 
 class CheckpointConfig(Section):

@@ -122,12 +122,16 @@ class Objective:
 
 
 def per_sample_mean(
-    error_td: Float[Tensor, "t d"], valid_t: Bool[Tensor, "t"], lengths: Int64[Tensor, "n"]
+    error_td: Float[Tensor, "t d"],
+    valid_t: Bool[Tensor, "t"],
+    lengths: Int64[Tensor, "n"],
+    count_n: Int64[Tensor, "n"] | None = None,
 ) -> Float[Tensor, "n"]:
     """The mean of each packed sample over its valid tokens; 0 for a sample that has none.
 
     `lengths`, on the error's device, counts each sample's tokens, valid or not, in the order of the sequence and sums
-    to T. The result is deterministic on CUDA. Learned tokens (nextline, nextframe) are not valid: nothing is predicted
+    to T. `count_n` is how many valid tokens a sample has where some of them are elsewhere, and the result then this
+    sequence's share of the mean: shares of all sequences that hold a part of the sample sum to it. The result is deterministic on CUDA. Learned tokens (nextline, nextframe) are not valid: nothing is predicted
     there.
 
     Raises:
@@ -136,8 +140,9 @@ def per_sample_mean(
     if lengths.device.type == "cpu" and int(lengths.sum()) != error_td.shape[0]:
         raise ValueError(f"lengths sum to {int(lengths.sum())}, not to the {error_td.shape[0]} tokens of the sequence")
     # segment_reduce rather than index_add: no float atomics, whose order of summation changes from run to run.
-    valid = valid_t.to(error_td.dtype)
     kept_t = error_td.where(valid_t[:, None], 0.0).mean(dim=1)
     total_n = torch.segment_reduce(kept_t, "sum", lengths=lengths, axis=0, unsafe=True)
-    count_n = torch.segment_reduce(valid, "sum", lengths=lengths, axis=0, unsafe=True)
+    if count_n is None:
+        valid = valid_t.to(error_td.dtype)
+        count_n = torch.segment_reduce(valid, "sum", lengths=lengths, axis=0, unsafe=True)
     return total_n / count_n.clamp(min=1)

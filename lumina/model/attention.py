@@ -28,7 +28,7 @@ class AttentionInputs:
 
 
 class AttentionCore(nn.Module):
-    """Block-diagonal attention on one device. A parallel layout swaps this module and nothing else."""
+    """Block-diagonal attention on one device. A parallel layout swaps it."""
 
     def forward(
         self,
@@ -38,6 +38,20 @@ class AttentionCore(nn.Module):
         plan: AttentionPlan,
     ) -> Float[Tensor, "t h e"]:
         return attention(q_the, k_she, v_she, plan)
+
+
+class NormRope(nn.Module):
+    """KQ-norm over the full width of queries and keys, then rotary embedding. Swapped where heads are split."""
+
+    def forward(
+        self,
+        q_td: Float[Tensor, "t width"],
+        k_td: Float[Tensor, "t kv_width"],
+        q_norm: nn.LayerNorm | None,
+        k_norm: nn.LayerNorm | None,
+        inputs: AttentionInputs,
+    ) -> tuple[Float[Tensor, "t h e"], Float[Tensor, "t kv e"]]:
+        return qk_norm_rope(q_td, k_td, *_affine(q_norm), *_affine(k_norm), inputs.cos_te, inputs.sin_te)
 
 
 class Attention(nn.Module):
@@ -53,6 +67,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
         self.q_norm = nn.LayerNorm(dim, KQ_NORM_EPS) if qk_norm else None
         self.k_norm = nn.LayerNorm(kv_width, KQ_NORM_EPS) if qk_norm else None
+        self.norm_rope = NormRope()
         self.core = AttentionCore()
         if cap_feat_dim is not None:
             self.wk_y = nn.Linear(cap_feat_dim, kv_width, bias=False)
@@ -68,9 +83,7 @@ class Attention(nn.Module):
         captions_sd: Float[Tensor, "s width"] | None,
     ) -> Float[Tensor, "t d"]:
         """`captions_sd`: the pack's caption features, normed by the block."""
-        q_the, k_the = qk_norm_rope(
-            self.wq(x_td), self.wk(x_td), *_affine(self.q_norm), *_affine(self.k_norm), inputs.cos_te, inputs.sin_te
-        )
+        q_the, k_the = self.norm_rope(self.wq(x_td), self.wk(x_td), self.q_norm, self.k_norm, inputs)
         v_the = self.wv(x_td).unflatten(-1, (-1, self.head_dim))
         scaled_q = q_the
         if inputs.query_scale_t is not None:

@@ -215,7 +215,7 @@ class FlagDiT(nn.Module):
             query_scale = torch.tensor(scales, device=device)[layout.sample_id_t]
         text_plan = None
         if captions is not None:
-            text_plan = AttentionPlan(layout.lengths, captions.lengths, device)
+            text_plan = AttentionPlan(layout.attention.query_lengths, captions.lengths, device)
         return AttentionInputs(cos, sin, layout.attention, query_scale, captions, text_plan)
 
     def forward_with_cfg(

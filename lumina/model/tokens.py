@@ -8,8 +8,9 @@ Shape suffixes: t token of the pack, n sample, p element of a patch in the order
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,16 +33,16 @@ def token_count(frames: Counts, height: Counts, width: Counts, patch_size: int, 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What each token of a pack is. All tensors are indexed by token unless said otherwise."""
+    """What each token of a pack, or of a stretch of one, is. Tensors are indexed by token unless said otherwise."""
 
     shapes: tuple[Shape, ...]
     patch_size: int
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # of the whole samples
     kind_t: Int[Tensor, "t"]  # PATCH, NEXTLINE or NEXTFRAME
     position_t: Int[Tensor, "t"]  # counts every token of a sample from 0
     sample_id_t: Int[Tensor, "t"]
     patch_index: Int[Tensor, "patches"]  # where the patches are, in raster order
-    attention: AttentionPlan
+    attention: AttentionPlan  # the tokens at hand, sample by sample, and the whole samples that they attend to
 
     @property
     def cu_seqlens(self) -> Int[Tensor, "n+1"]:
@@ -51,6 +52,29 @@ class Layout:
     @property
     def is_patch_t(self) -> Bool[Tensor, "t"]:
         return self.kind_t == PATCH
+
+    @property
+    def patch_counts(self) -> tuple[int, ...]:
+        """Patches of each whole sample."""
+        p = self.patch_size
+        return tuple(frames * (height // p) * (width // p) for frames, _, height, width in self.shapes)
+
+    def stretch(self, start: int, stop: int) -> "Layout":
+        """The tokens [start, stop) of this layout: what one of several holders of a pack has."""
+        here = (self.patch_index >= start) & (self.patch_index < stop)
+        ends = list(itertools.accumulate(self.attention.query_lengths))
+        held = [
+            max(0, min(stop, end) - max(start, end - length))
+            for end, length in zip(ends, self.attention.query_lengths, strict=True)
+        ]
+        return replace(
+            self,
+            kind_t=self.kind_t[start:stop],
+            position_t=self.position_t[start:stop],
+            sample_id_t=self.sample_id_t[start:stop],
+            patch_index=self.patch_index[here] - start,
+            attention=AttentionPlan(tuple(held), self.attention.key_lengths, self.attention.device),
+        )
 
 
 def layout_of(shapes: Sequence[Shape], patch_size: int, nextline: bool, device: torch.device | str) -> Layout:
@@ -107,8 +131,7 @@ def pack(samples: Sequence[Float[Tensor, "_f _c _h _w"]], layout: Layout) -> Flo
 def unpack(rows: Float[Tensor, "t p"], layout: Layout) -> list[Float[Tensor, "_f _c _h _w"]]:
     """The inverse of `pack`; rows of learned tokens are dropped."""
     p = layout.patch_size
-    counts = [f * (h // p) * (w // p) for f, _, h, w in layout.shapes]
-    patches = rows[layout.patch_index].split(counts)
+    patches = rows[layout.patch_index].split(layout.patch_counts)
     return [_unpatchify(rows_i, shape, p) for rows_i, shape in zip(patches, layout.shapes, strict=True)]
 
 

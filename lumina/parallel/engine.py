@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 # DeepSpeed announces its accelerator and every setting on import and initialisation.
@@ -13,15 +13,21 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.schedule import OptimizerStep, PipeInstruction, TrainSchedule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from lumina.config.deepspeed import deepspeed_config
 from lumina.config.schema import Config
 from lumina.model.flag_dit import Block, FlagDiT
-from lumina.parallel.fragments import Fragment, fragments_of
+from lumina.parallel.fragments import Fragment, Part, Trained, fragments_of
 from lumina.parallel.mesh import Mesh
+from lumina.parallel.pipeline import PipelineStage
+from lumina.parallel.stage import Conditions, Stage, cut, stage_costs
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 # torch's new names for collectives that DeepSpeed calls by the old ones: nothing a user can act on.
@@ -37,54 +43,111 @@ class StepOutcome:
 
 
 class Engine:
-    """A Flag-DiT trained by DeepSpeed: called as the model is, then `backward` per forward and `step` per step."""
+    """A Flag-DiT trained by DeepSpeed under any layout: `accumulate` gradients over packs, then `step`."""
 
     def __init__(self, model: FlagDiT, config: Config, mesh: Mesh, accumulation_steps: int):
         """`model` holds the fp32 weights to start from, the same on every rank; it is taken over."""
-        self.mesh = mesh
+        self.mesh, parallel = mesh, config.parallel
+        self._accumulation_steps = accumulation_steps
         self.frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        train = config.train
-        settings = {
-            "lr": train.learning_rate,
-            "betas": train.betas,
-            "eps": train.adam_epsilon,
-            "weight_decay": train.weight_decay,
-        }
-        if config.parallel.zero_stage == 0:
-            self._optimizer = ClippedAdamW(trained, clip_norm=train.clip_norm, **settings)
-        else:
-            self._optimizer = torch.optim.AdamW(trained, **settings)
-        if config.parallel.zero_stage == 3:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        parts: dict[str, Part] = {}
+        blocks = cut(stage_costs(model), mesh.pipeline.size)[mesh.pipeline.rank]
+        if mesh.tensor.size > 1:
+            from lumina.parallel.tensor import parallelize_tensor  # Megatron-core takes seconds to import
+
+            parts = parallelize_tensor(model, mesh)
+        stage = Stage(model, blocks, mesh, recompute=parallel.recompute, offload=parallel.offload_activations)
+        trained = [
+            Trained(name, parameter, shapes[name], parts.get(name))
+            for name, parameter in stage.model.named_parameters()
+            if parameter.requires_grad
+        ]
+        self._optimizer = _optimizer(trained, config, mesh)
+        if parallel.zero_stage == 3:
             # Blocks hand the weights of their norms to fused operations, past the norms' own forward, where ZeRO 3
             # would gather them: it gathers a whole block at once instead.
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+            deepspeed.utils.set_z3_leaf_modules(stage, [Block])
         # Building its shared-memory collective takes a compiler and half a minute, and no collective of ours uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        settings = {"optimizer": self._optimizer, "config": deepspeed_config(config, accumulation_steps)}
         with contextlib.redirect_stdout(io.StringIO()):
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self._optimizer, config=deepspeed_config(config, accumulation_steps)
-            )
-        self.fragments: list[Fragment] = fragments_of(self._engine)
-        self._pending = False
+            if mesh.pipeline.size > 1:
+                self._pipeline = PipelineStage(stage)
+                module = _pipeline_module(self._pipeline, mesh, self._loss_of_last_stage)
+                self._engine, *_ = deepspeed.initialize(model=module, **settings)
+            else:
+                self._pipeline = None
+                # DeepSpeed finds its groups by the methods of an "mpu", and takes the whole world without one.
+                mpu = _Groups(mesh) if mesh.world.size > 1 else None
+                self._engine, *_ = deepspeed.initialize(model=stage, mpu=mpu, **settings)
+        self.fragments: list[Fragment] = fragments_of(self._engine, trained)
+        self._replicated = parallel.zero_stage == 0
 
-    def __call__(self, *args, **kwargs) -> Tensor:
-        return self._engine(*args, **kwargs)
+    @property
+    def owned(self) -> list[bool]:
+        """For each fragment, whether it is this rank that writes it: one of those that hold the same."""
+        first_copy = self.mesh.gradient.rank == 0 or not self._replicated
+        return [first_copy and (f.part is not None or self.mesh.tensor.rank == 0) for f in self.fragments]
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, this forward's share of the global loss: shares of all ranks are summed."""
-        if self._pending:
-            self._engine.step()  # not yet the boundary: DeepSpeed counts forwards by these calls
-        # DeepSpeed averages over ranks and forwards; our shares already carry their weight.
-        self._engine.backward(loss * self.mesh.data_size, scale_wrt_gas=False)
-        self._pending = True
+    def accumulate(
+        self,
+        packs: Sequence[Conditions],
+        noised: Callable[[Conditions], Tensor],
+        loss: Callable[[Conditions, Tensor], Tensor],
+    ) -> float:
+        """Forward and backward over `packs`; gradients add up over them, and are summed over ranks.
+
+        Args:
+            packs: this rank's, in as many forward passes as the engine was made for.
+            noised: the model's input (T, P) of a pack; called where its first block is.
+            loss: a pack's share of the global loss, given the model's output (T, P); called where its last block is.
+
+        Returns:
+            The loss of the packs that this rank answers for: summed over all ranks, the global loss.
+        """
+        assert len(packs) == self._accumulation_steps
+        shares = self._run_pipeline(packs, noised, loss) if self._pipeline else self._run(packs, noised, loss)
+        counted = self.mesh.sequence_parallel or self.mesh.tensor.rank == 0
+        return sum(float(share) for share in shares) if counted else 0.0
+
+    def _run(self, packs: Sequence[Conditions], noised: Callable, loss: Callable) -> list[Tensor]:
+        shares = []
+        for index, pack in enumerate(packs):
+            share = loss(pack, self._engine(noised(pack), pack))
+            # DeepSpeed averages over ranks and forwards; our shares already carry their weight.
+            self._engine.backward(share * self.mesh.gradient.size, scale_wrt_gas=False)
+            if index < len(packs) - 1:
+                self._engine.step()  # not yet the boundary: DeepSpeed counts forwards by these calls
+            shares.append(share.detach())
+        return shares
+
+    def _run_pipeline(self, packs: Sequence[Conditions], noised: Callable, loss: Callable) -> list[Tensor]:
+        engine, self._loss, self._shares = self._engine, loss, []
+        self._packs = iter(packs)
+        self._pipeline.load(packs, noised)
+        numbers = [torch.tensor([index]) for index in range(len(packs))]
+        engine.set_dataiterator(zip(numbers, numbers, strict=True))
+        engine.module.train()
+        engine._compute_loss = True
+        engine.total_loss = None
+        engine._exec_schedule(_Accumulate(len(packs), engine.num_stages, engine.stage_id))
+        return self._shares
+
+    def _loss_of_last_stage(self, output: Tensor, number: Tensor) -> Tensor:
+        share = self._loss(next(self._packs), output)
+        self._shares.append(share.detach())
+        # Here DeepSpeed's averages over ranks and micro-batches cannot be switched off.
+        return share * self.mesh.gradient.size * self._accumulation_steps
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip and apply the gradients; on every rank alike a non-finite norm skips the step."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._engine.step()
-        self._pending = False
+        if self._pipeline:
+            self._engine._exec_optimizer_step()
+        else:
+            self._engine.step()
         optimizer = self._engine.optimizer
         return StepOutcome(grad_norm=float(optimizer._global_grad_norm), skipped=bool(optimizer.overflow))
 
@@ -92,8 +155,9 @@ class Engine:
         """Let go of hooks and process groups, so that another run can start in this process."""
         self._engine.destroy()
         deepspeed.comm.destroy_process_group()
-        # DeepSpeed keeps its backend, with the groups that are gone, and would use it for the next engine.
+        # DeepSpeed keeps its backend, with the groups that are gone, and would use them for the next engine.
         deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups.mpu = None
 
     @property
     def optimizer_steps(self) -> int:
@@ -127,6 +191,49 @@ class Engine:
         return state
 
 
+class _Groups:
+    """The mesh in the words by which DeepSpeed asks for it. Its "data" is whatever gradients are averaged over."""
+
+    def __init__(self, mesh: Mesh):
+        for name, axis in (
+            ("data_parallel", mesh.gradient),
+            ("model_parallel", mesh.tensor),
+            ("tensor_model_parallel", mesh.tensor),
+        ):
+            setattr(self, f"get_{name}_group", lambda axis=axis: axis.group)
+            setattr(self, f"get_{name}_rank", lambda axis=axis: axis.rank)
+            setattr(self, f"get_{name}_world_size", lambda axis=axis: axis.size)
+        self.get_data_parallel_group_ranks = lambda: list(mesh.gradient.ranks)
+
+
+class _Accumulate(TrainSchedule):
+    """One forward, one backward (1F1B), up to the sum of gradients; the step is called for by itself."""
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        for commands in super().steps():
+            yield [command for command in commands if not isinstance(command, OptimizerStep)]
+
+
+def _pipeline_module(stage: PipelineStage, mesh: Mesh, loss: Callable[[Tensor, Tensor], Tensor]) -> PipelineModule:
+    # One layer a stage: what is on each was settled by cost. DeepSpeed builds this rank's alone.
+    layers = [stage if rank == mesh.pipeline.rank else nn.Identity() for rank in range(mesh.pipeline.size)]
+    topology = PipeModelDataParallelTopology(mesh.pipeline.size, mesh.tensor.size, mesh.gradient.size)
+    return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="uniform", dynamic_shape=True)
+
+
+def _optimizer(trained: list[Trained], config: Config, mesh: Mesh) -> torch.optim.AdamW:
+    train = config.train
+    settings = {
+        "lr": train.learning_rate,
+        "betas": train.betas,
+        "eps": train.adam_epsilon,
+        "weight_decay": train.weight_decay,
+    }
+    if config.parallel.zero_stage:
+        return torch.optim.AdamW([entry.parameter for entry in trained], **settings)
+    return ClippedAdamW(trained, mesh, clip_norm=train.clip_norm, **settings)
+
+
 class ClippedAdamW(torch.optim.AdamW):
     """AdamW that clips by global norm and skips non-finite steps, for ZeRO 0.
 
@@ -134,17 +241,27 @@ class ClippedAdamW(torch.optim.AdamW):
     the weights. `_global_grad_norm` and `overflow` are the names under which it looks for an optimizer's findings.
     """
 
-    def __init__(self, parameters: list[Tensor], *, clip_norm: float, **settings):
-        super().__init__(parameters, **settings)
-        self._parameters, self._clip_norm = parameters, clip_norm
+    def __init__(self, trained: list[Trained], mesh: Mesh, *, clip_norm: float, **settings):
+        self._parameters = [entry.parameter for entry in trained]
+        super().__init__(self._parameters, **settings)
+        # A replicated parameter counts once, a part of one on every rank.
+        self._counted = [
+            entry.parameter for entry in trained if entry.part is not None or mesh.tensor.rank == 0
+        ]
+        self._mesh, self._clip_norm = mesh, clip_norm
         self._global_grad_norm = 0.0
         self.overflow = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Gradients are already averaged over ranks, so every rank finds the same norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        """Gradients are already summed over the gradient axis, so its ranks find the same norm."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._counted if p.grad is not None])
+        if self._mesh.weights.size > 1:
+            square = norm.to(self._mesh.device, torch.float32).square()
+            dist.all_reduce(square, group=self._mesh.weights.group)
+            norm = square.sqrt()
         self._global_grad_norm = float(norm)
         self.overflow = not bool(torch.isfinite(norm))
         if not self.overflow:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
             super().step()

@@ -1,6 +1,12 @@
-"""Which process is which: the world as the launcher describes it, and the mesh axes laid over it."""
+"""Which process is which: the world as the launcher describes it, and the mesh axes laid over it.
+
+World rank = ((pipeline · data + data rank) · ring + ring rank) · ulysses + …, tensor innermost: the order of
+megatron-core's ``tp-cp-ep-dp-pp`` and of DeepSpeed's (pipe, data, model), where DeepSpeed's data is our
+data × ring × ulysses. Neighbours on the tensor and Ulysses axes, which talk most, share a host.
+"""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,43 +57,56 @@ class World:
         return World(0, 1, 0)
 
 
-def check_layout(parallel: ParallelConfig, precision: str) -> None:
-    """Refuse what cannot run, before any process group is made.
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis of the mesh as this process sees it: the ranks that differ from it along this axis alone."""
 
-    Raises:
-        ValueError: naming the key that does not fit and what would.
-    """
-    for axis in ("tensor", "pipeline", "ring", "ulysses"):
-        if getattr(parallel, axis) != 1:
-            raise ValueError(
-                f"parallel.{axis}={getattr(parallel, axis)}: this version runs data parallel with ZeRO alone; "
-                f"set parallel.{axis}=1"
-            )
-    if parallel.sequence:
-        raise ValueError(
-            "parallel.sequence shards activations over tensor-parallel ranks; with parallel.tensor=1 set it to false"
-        )
-    if precision == "bf16" and parallel.zero_stage == 0:
-        raise ValueError(
-            "precision=bf16 needs parallel.zero_stage 1, 2 or 3: DeepSpeed keeps fp32 master weights and fp32 "
-            "gradient sums there alone; with one process stage 1 costs nothing over 0"
-        )
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    ranks: tuple[int, ...] = (0,)
+    """World ranks in the order of the axis."""
+
+    @staticmethod
+    def of(group: dist.ProcessGroup) -> "Axis":
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return Axis(len(ranks), ranks.index(dist.get_rank()), group, ranks)
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mesh:
-    """The axes, and this process's place on each. Passed to whoever needs it; there is no global one."""
+    """The axes, and this process's place on each. Passed to whoever needs it; there is no global one.
+
+    data: replicas, each with packs of its own. pipeline: stretches of the blocks. ring, ulysses: stretches of a pack.
+    tensor: slices of the weights, and, under `sequence_parallel`, of the tokens between two sharded products.
+    gradient: data × ring × ulysses, over which gradients are summed and ZeRO shards.
+    weights: tensor × pipeline, the ranks that hold one copy of the weights together.
+    """
 
     world: World
     device: torch.device
+    data: Axis = Axis()
+    pipeline: Axis = Axis()
+    ring: Axis = Axis()
+    ulysses: Axis = Axis()
+    tensor: Axis = Axis()
+    gradient: Axis = Axis()
+    weights: Axis = Axis()
+    sequence_parallel: bool = False
 
     @property
-    def data_size(self) -> int:
-        return self.world.size
+    def replica_size(self) -> int:
+        """Ranks that work on the same packs."""
+        return self.world.size // self.data.size
 
     @property
-    def data_rank(self) -> int:
-        return self.world.rank
+    def leads_replica(self) -> bool:
+        """Whether this process speaks for those that work on the same packs."""
+        return not (self.pipeline.rank or self.ring.rank or self.ulysses.rank or self.tensor.rank)
 
     @property
     def is_first(self) -> bool:
@@ -95,7 +114,7 @@ class Mesh:
         return self.world.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Elementwise sum over the data axis, in float64."""
+        """Elementwise sum over all processes, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
@@ -118,13 +137,11 @@ class Mesh:
         self.sum([0.0])
 
 
-def open_mesh(parallel: ParallelConfig, precision: str) -> Mesh:
+def open_mesh(parallel: ParallelConfig) -> Mesh:
     """Start process groups: nccl where each rank has a GPU, gloo elsewhere. Close with `close_mesh`.
 
-    Raises:
-        ValueError: for a layout that cannot run (see `check_layout`).
+    The layout is one that `layout.check_layout` has let pass.
     """
-    check_layout(parallel, precision)
     world = World.from_environment()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -135,15 +152,55 @@ def open_mesh(parallel: ParallelConfig, precision: str) -> Mesh:
     os.environ["LOCAL_RANK"] = str(world.local_rank)
     if world.size == 1:  # no port is opened, so that any number of runs fit on one host
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
-    return Mesh(world, device)
+        return Mesh(world, device)
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    return _with_groups(parallel, world, device)
 
 
-def close_mesh() -> None:
-    """End process groups."""
+def _with_groups(parallel: ParallelConfig, world: World, device: torch.device) -> Mesh:
+    groups = _parallel_state()
+    sequence_ranks = parallel.ring * parallel.ulysses
+    groups.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=sequence_ranks,
+        hierarchical_context_parallel_sizes=[parallel.ulysses, parallel.ring] if sequence_ranks > 1 else None,
+        distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=False,
+    )
+    ulysses, ring = Axis(ranks=(world.rank,)), Axis(ranks=(world.rank,))
+    if sequence_ranks > 1:
+        ulysses, ring = map(Axis.of, groups.get_hierarchical_context_parallel_groups())
+    return Mesh(
+        world,
+        device,
+        data=Axis.of(groups.get_data_parallel_group()),
+        pipeline=Axis.of(groups.get_pipeline_model_parallel_group()),
+        ring=ring,
+        ulysses=ulysses,
+        tensor=Axis.of(groups.get_tensor_model_parallel_group()),
+        gradient=Axis.of(groups.get_data_parallel_group(with_context_parallel=True)),
+        weights=Axis.of(groups.get_model_parallel_group()),
+        sequence_parallel=parallel.sequence,
+    )
+
+
+def close_mesh(mesh: Mesh) -> None:
+    """End process groups; those of torch may have ended with an engine."""
+    if mesh.world.size > 1:
+        _parallel_state().destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _parallel_state():
+    # Seconds to import, and of no use to a single process. It warns of apex, Transformer Engine and other things that
+    # it would rather have.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+    return parallel_state
 
 
 def first_then_others(mesh: Mesh, work: Callable[[bool], T]) -> T:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lumina.checkpoint.load import model_config
 from lumina.checkpoint.manifest import checkpoints_of
 from lumina.config.schema import Config
 from lumina.data.decode import cropped_size
@@ -21,6 +20,7 @@ from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
 from lumina.model.config import FlagDiTConfig
 from lumina.model.tokens import token_count
+from lumina.parallel.layout import accumulation_steps
 from lumina.parallel.mesh import Mesh, first_then_others
 
 _LOCK = ".lock"
@@ -44,8 +44,11 @@ class Parts:
         return self.vae.factor * self.model.patch_size
 
 
-def assemble(config: Config, mesh: Mesh) -> Parts:
+def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh) -> Parts:
     """
+    Args:
+        model: the sizes that `config` means.
+
     Raises:
         ValueError: for whatever in `config` does not fit: sizes, encoders, data, layout.
     """
@@ -55,9 +58,7 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
         raise ValueError(
             "log.wandb_project is set but wandb is not installed; run `pip install 'lumina-t2x[wandb]'` or unset it"
         )
-    model = model_config(config)
     objective = Objective.build(**config.flow.model_dump())
-    accumulation_steps = _accumulation_steps(config, mesh)
     vae = build_vae(config.vae, model.in_channels, mesh.device)
     if vae.pixel_channels not in (1, 3):
         raise ValueError(
@@ -83,7 +84,7 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
         config.train.global_batch_packs,
         index.name,
     )
-    return Parts(model, objective, vae, text, index, plan, accumulation_steps)
+    return Parts(model, objective, vae, text, index, plan, accumulation_steps(config, mesh.data.size))
 
 
 def sample_tokens(index: Index, ids: np.ndarray, model: FlagDiTConfig, vae: Vae) -> np.ndarray:
@@ -97,23 +98,6 @@ def sample_tokens(index: Index, ids: np.ndarray, model: FlagDiTConfig, vae: Vae)
         model.text_conditional,
     )
     return np.where((heights > 0) & (widths > 0), tokens, 0)
-
-
-def _accumulation_steps(config: Config, mesh: Mesh) -> int:
-    packs, ranks, at_once = config.train.global_batch_packs, mesh.data_size, config.train.packs_per_forward
-    if packs % ranks:
-        raise ValueError(
-            f"train.global_batch_packs={packs} cannot be shared by {ranks} data-parallel ranks; "
-            f"the nearest number that can is {max(1, round(packs / ranks)) * ranks}"
-        )
-    of_rank = packs // ranks
-    if of_rank % at_once:
-        fitting = min((d for d in range(1, of_rank + 1) if of_rank % d == 0), key=lambda d: abs(d - at_once))
-        raise ValueError(
-            f"train.packs_per_forward={at_once} does not divide the {of_rank} packs that each rank has in a step; "
-            f"the nearest number that does is {fitting}"
-        )
-    return of_rank // at_once
 
 
 def _check_conditions(index: Index, model: FlagDiTConfig) -> None:

@@ -18,11 +18,13 @@ from lumina.config.load import dump_config
 from lumina.config.schema import Config
 from lumina.data.loader import Loader, Sample
 from lumina.data.plan import DataState
+from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import forward_flops
 from lumina.model.pretrained import build
 from lumina.parallel.engine import Engine
-from lumina.parallel.mesh import Mesh, close_mesh, first_then_others, open_mesh
+from lumina.parallel.layout import check_layout, describe
+from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, open_mesh
 from lumina.parallel.randomness import Randomness
 from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
@@ -41,16 +43,18 @@ def train(config: Config) -> None:
             written.
         RuntimeError: where too many steps in a row are not finite.
     """
-    mesh = open_mesh(config.parallel, config.precision)
+    model = model_config(config)
+    check_layout(config, model, World.from_environment().size)
+    mesh = open_mesh(config.parallel)
     try:
         with StopSignals() as signals:
-            trainer = Trainer(config, mesh, signals)
+            trainer = Trainer(config, model, mesh, signals)
             try:
                 trainer.run()
             finally:
                 trainer.engine.close()
     finally:
-        close_mesh()
+        close_mesh(mesh)
 
 
 class StopSignals:
@@ -74,29 +78,31 @@ class StopSignals:
 
 
 class Trainer:
-    """One run on this process. Every rank makes one and does the same, but for its own packs."""
+    """One run on this process. Every rank makes one and does the same, but for its own packs, tokens and weights."""
 
-    def __init__(self, config: Config, mesh: Mesh, signals: StopSignals):
+    def __init__(self, config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals):
         self.config, self.mesh, self.signals = config, mesh, signals
         self.run_dir = Path(config.run.dir)
-        self.parts = assemble(config, mesh)
+        self.parts = assemble(config, model, mesh)
         check_preview(config, self.parts)
         checkpoint = latest_checkpoint(self.run_dir)
         if checkpoint is not None:
             _check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
         state = DataState.from_dict(checkpoint.manifest.data) if checkpoint else None
+        # Ranks that work on the same packs meet the same bad samples: one of them writes them down.
+        ledger = self.run_dir / "bad_samples" / f"rank_{mesh.data.rank:05d}.jsonl"
         self.loader = Loader(
             self.parts.index,
             self.parts.plan,
-            rank=mesh.data_rank,
-            world=mesh.data_size,
+            rank=mesh.data.rank,
+            world=mesh.data.size,
             channels=self.parts.vae.pixel_channels,
             multiple=self.parts.multiple,
             workers=config.data.workers,
             bad_samples=config.data.bad_samples,
             state=state,
-            ledger_path=self.run_dir / "bad_samples" / f"rank_{mesh.world.rank:05d}.jsonl",
+            ledger_path=ledger if mesh.leads_replica else None,
             seed=config.run.seed,
         )
         self.preparer = Preparer(
@@ -106,17 +112,18 @@ class Trainer:
             self.parts.objective,
             Randomness(config.run.seed),
             config.data.caption_dropout,
-            mesh.device,
+            mesh,
         )
-        model = self._initial_model(checkpoint)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self.engine = Engine(model, config, mesh, self.parts.accumulation_steps)
+        initial = self._initial_model(checkpoint)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in initial.named_parameters()}
+        self.engine = Engine(initial, config, mesh, self.parts.accumulation_steps)
         self.ema = EMA(self.engine.fragments, config.train.ema_decay)
         if checkpoint is not None:
             self.engine.restore(
-                lambda kind, f: checkpoint.read(kind, f.name, f.start, f.numel), checkpoint.manifest.optimizer_steps
+                lambda kind, f: checkpoint.read(kind, f.name, f.start, f.numel, f.part),
+                checkpoint.manifest.optimizer_steps,
             )
-            self.ema.restore(lambda f: checkpoint.read(EMA_WEIGHTS, f.name, f.start, f.numel))
+            self.ema.restore(lambda f: checkpoint.read(EMA_WEIGHTS, f.name, f.start, f.numel, f.part))
 
     def _initial_model(self, checkpoint: Checkpoint | None) -> FlagDiT:
         if checkpoint is not None:
@@ -141,7 +148,7 @@ class Trainer:
         metrics.say(
             f"Flag-DiT with {parameters:,} parameters · {len(parts.index):,} samples · "
             f"packs a step: {self.config.train.global_batch_packs}, of {plan.tokens_per_pack:,} tokens "
-            f"({plan.waste(self.loader.state, batches=20):.1%} unused) · ranks: {self.mesh.data_size}, "
+            f"({plan.waste(self.loader.state, batches=20):.1%} unused) · ranks: {describe(self.mesh)}, "
             f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision}"
         )
         if self.step >= self.config.train.steps:
@@ -170,9 +177,9 @@ class Trainer:
             )
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             flops = sum(self._flops(pack) for pack in packs)
-            loss, tokens, flops, bad, stop = self.mesh.sum(
-                [result.loss_share, tokens, flops, batch.bad, self.signals.asked]
-            )
+            # What is said of whole packs is said once for all ranks that work on them.
+            of_packs = [tokens, flops, batch.bad] if self.mesh.leads_replica else [0, 0, 0]
+            loss, stop, tokens, flops, bad = self.mesh.sum([result.loss_share, self.signals.asked, *of_packs])
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
             peak = peak_tflops(config, self.mesh.device)
@@ -232,17 +239,17 @@ class Trainer:
         )
 
     def _pieces(self) -> Iterator[Piece]:
-        """What this rank writes; where every rank holds everything (ZeRO 0), the first writes it."""
+        """What this rank writes; of what several ranks hold, one writes it."""
         if self.mesh.is_first:
             for name, values in self.engine.frozen.items():
                 for kind in (WEIGHTS, EMA_WEIGHTS):
                     yield Piece(kind, name, tuple(values.shape), 0, values.reshape(-1))
-        if self.config.parallel.zero_stage == 0 and not self.mesh.is_first:
-            return
-        for fragment, average in zip(self.engine.fragments, self.ema.values, strict=True):
+        for fragment, average, owned in zip(self.engine.fragments, self.ema.values, self.engine.owned, strict=True):
+            if not owned:
+                continue
             contents = {WEIGHTS: fragment.master, EMA_WEIGHTS: average, **self.engine.moments(fragment)}
             for kind, values in contents.items():
-                yield Piece(kind, fragment.name, fragment.shape, fragment.start, values)
+                yield Piece(kind, fragment.name, fragment.shape, fragment.start, values, fragment.part)
 
     def _preview(self, metrics: Metrics) -> None:
         weights = self._averaged_weights()
@@ -252,20 +259,18 @@ class Trainer:
 
     def _averaged_weights(self) -> dict[str, Tensor] | None:
         """The EMA weights, whole, on the first rank."""
-        mine = zip(self.engine.fragments, self.ema.values, strict=True)
-        by_name = {fragment.name: (fragment, values) for fragment, values in mine}
-        replicated = self.config.parallel.zero_stage == 0
+        mine = zip(self.engine.fragments, self.ema.values, self.engine.owned, strict=True)
+        by_name = {fragment.name: (fragment, values) for fragment, values, owned in mine if owned}
         weights = {}
         for name, shape in self.shapes.items():
             if name in self.engine.frozen:
                 weights[name] = self.engine.frozen[name]
                 continue
             whole = torch.zeros(shape, device=self.mesh.device)
-            if name in by_name and (self.mesh.is_first or not replicated):
+            if name in by_name:
                 fragment, values = by_name[name]
-                whole.view(-1)[fragment.start : fragment.start + fragment.numel] = values
-            if not replicated:
-                self.mesh.sum_to_first(whole)
+                fragment.place_in(whole, values)
+            self.mesh.sum_to_first(whole)
             weights[name] = whole
         return weights if self.mesh.is_first else None
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lumina.encoders.text import TextEncoder
 from lumina.encoders.vae import Vae
-from lumina.flow.loss import Objective
+from lumina.flow.loss import Objective, per_sample_mean
 from lumina.model.config import FlagDiTConfig
 from lumina.model.tokens import Captions, Layout, layout_of, pack
+from lumina.parallel.mesh import Mesh
 from lumina.parallel.randomness import Randomness
+from lumina.parallel.sequence import Stretch, stretch_of
 
 
 @runtime_checkable  # or the shape checks of the tests cannot look at it
@@ -31,23 +33,27 @@ class TrainingSample(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TrainingPack:
-    """One forward pass: patches t of all samples n in one sequence, and what conditions them."""
+    """One forward pass: this rank's tokens t of a pack, and what conditions its samples n, whole on every rank."""
 
     data: Float[Tensor, "t p"]
     noise: Float[Tensor, "t p"]
     t: Float[Tensor, "n"]
-    layout: Layout
+    layout: Layout  # of the whole pack
+    stretch: Stretch
     captions: Captions | None
     labels: Int[Tensor, "n"] | None
 
     @property
     def t_of_token(self) -> Float[Tensor, "t"]:
         """The time of the sample each token belongs to."""
-        return self.t[self.layout.sample_id_t]
+        return self.t[self.stretch.tokens.sample_id_t]
 
-    @property
-    def lengths(self) -> Int[Tensor, "n"]:
-        return torch.tensor(self.layout.lengths, device=self.data.device)
+    def per_sample(self, errors: Float[Tensor, "t p"]) -> Float[Tensor, "n"]:
+        """Each sample's mean over its patches: this rank's share, which sums to the mean over those that share it."""
+        tokens = self.stretch.tokens
+        held = torch.tensor(tokens.attention.query_lengths, device=errors.device)
+        patches = torch.tensor(tokens.patch_counts, device=errors.device)
+        return per_sample_mean(errors, tokens.is_patch_t, held, patches)
 
 
 class Preparer:
@@ -61,11 +67,11 @@ class Preparer:
         objective: Objective,
         randomness: Randomness,
         caption_dropout: float,
-        device: torch.device,
+        mesh: Mesh,
     ):
         self._model, self._vae, self._text = model, vae, text
         self._objective, self._randomness = objective, randomness
-        self._caption_dropout, self._device = caption_dropout, device
+        self._caption_dropout, self._mesh, self._device = caption_dropout, mesh, mesh.device
 
     def __call__(self, samples: Sequence[TrainingSample]) -> TrainingPack:
         """
@@ -79,12 +85,15 @@ class Preparer:
         # The middle of the draw's last bit: a law that is infinite at 0 is never asked for it.
         t = self._objective.draw_times(u.clamp_min(2.0**-54)).to(self._device, torch.float32)
         layout = layout_of(shapes, self._model.patch_size, self._model.text_conditional, self._device)
+        stretch = stretch_of(layout, self._mesh)
         captions, labels = self._conditions(samples)
+        noise = pack([values.to(self._device) for values in noise], layout)
         return TrainingPack(
-            data=pack(latents, layout),
-            noise=pack([values.to(self._device) for values in noise], layout),
+            data=pack(latents, layout)[stretch.start : stretch.stop],
+            noise=noise[stretch.start : stretch.stop],
             t=t,
             layout=layout,
+            stretch=stretch,
             captions=captions,
             labels=labels,
         )

@@ -1,9 +1,12 @@
 """Running a function on several gloo ranks, each a process of its own."""
 
+import faulthandler
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import torch
@@ -21,20 +24,26 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     """`function(rank, *arguments)` on `world` processes; what each returned, by rank.
 
     Raises:
-        AssertionError: with the first traceback, where any rank failed.
+        AssertionError: with the first traceback, where any rank failed; or where they have not all answered after
+            `timeout` seconds: each then says on stderr where it stands.
     """
     port = free_port()
     context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     ranks = [
-        context.Process(target=_rank, args=(queue, rank, world, port, function, arguments)) for rank in range(world)
+        context.Process(target=_rank, args=(queue, rank, world, port, timeout, function, arguments))
+        for rank in range(world)
     ]
     for process in ranks:
         process.start()
     results: dict[int, Any] = {}
     failures = []
+    deadline = time.monotonic() + timeout + 10
     for _ in range(world):
-        rank, result, failure = queue.get()
+        try:
+            rank, result, failure = queue.get(timeout=deadline - time.monotonic())
+        except Empty:
+            rank, result, failure = -1, None, f"the ranks {sorted(results)} of {world} answered in {timeout} s"
         results[rank] = result
         if failure:
             failures.append(f"rank {rank}:\n{failure}")
@@ -47,7 +56,10 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     return [results[rank] for rank in range(world)]
 
 
-def _rank(queue, rank: int, world: int, port: int, function: Callable, arguments: tuple) -> None:
+def _rank(
+    queue, rank: int, world: int, port: int, timeout: float, function: Callable, arguments: tuple
+) -> None:
+    faulthandler.dump_traceback_later(timeout)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),

@@ -27,7 +27,7 @@ from lumina.train.assemble import assemble
 from lumina.train.ema import EMA
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer
-from lumina.train.step import pack_losses
+from lumina.train.step import train_step
 from tests.parallel.runs import metrics_of, tiny_config, train_on
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def preparer(model=TINY, text=None, dropout=0.0, seed=3, **flow):
     if model.text_conditional:
         text = text or build_text_encoder(TEXT)
     vae = build_vae(VaeConfig(), model.in_channels)
-    return Preparer(model, vae, text, Objective.build(**flow), Randomness(seed), dropout, CPU)
+    return Preparer(model, vae, text, Objective.build(**flow), Randomness(seed), dropout, MESH)
 
 
 def parts_of(pack):
@@ -356,6 +356,23 @@ def noise_error(network, data, noise, u):
     return (network(alpha * data + sigma * noise, t) - noise).square().mean()
 
 
+class ForwardOnly(Engine):
+    """Calls a model for the losses of packs and leaves it as it is."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def accumulate(self, packs, noised, loss):
+        outputs = [
+            self.model(noised(pack), pack.t, labels=pack.labels, layout=pack.layout, captions=pack.captions)
+            for pack in packs
+        ]
+        return sum(float(loss(pack, output)) for pack, output in zip(packs, outputs, strict=True))
+
+    def step(self, learning_rate):
+        return StepOutcome(0.0, skipped=False)
+
+
 @pytest.mark.parametrize(
     ("flow", "per_sample"),
     [({}, velocity_error), ({"path": "gvp", "prediction": "noise"}, noise_error)],
@@ -363,18 +380,17 @@ def noise_error(network, data, noise, u):
 )
 def test_the_loss_of_packs_is_that_of_samples(digits, tmp_path, flow, per_sample):
     config = validate(tiny_config(tmp_path / "run", digits, data__caption_dropout=0.4, flow=flow), "test")
-    parts = assemble(config, MESH)
+    parts = assemble(config, model_config(config), MESH)
     batch = next(iter(Loader(parts.index, parts.plan, rank=0, world=1, channels=1, multiple=2)))
     torch.manual_seed(0)
     model = FlagDiT(parts.model)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    engine = Engine.__new__(Engine)
-    engine._engine = model
-    prepare = Preparer(parts.model, parts.vae, parts.text, parts.objective, Randomness(3), 0.4, CPU)
-    losses = [pack_losses(engine, parts.objective, prepare(pack)) for pack in batch.packs]
-    assert sum(map(len, losses)) == batch.global_samples
-    ours = torch.cat(losses).sum().item() / batch.global_samples
+    prepare = Preparer(parts.model, parts.vae, parts.text, parts.objective, Randomness(3), 0.4, MESH)
+    packs = [prepare(pack) for pack in batch.packs]
+    assert sum(len(pack.layout.lengths) for pack in packs) == batch.global_samples
+    settings = {"global_samples": batch.global_samples, "learning_rate": 1.0, "step": 1}
+    ours = train_step(ForwardOnly(model), EMA([], 0.9), parts.objective, packs, **settings).loss_share
     assert ours == pytest.approx(plain_loss(model, batch, parts.text, 3, 0.4, per_sample), rel=1e-5)
 
 
@@ -385,7 +401,7 @@ def test_the_loss_that_a_run_reports(digits, tmp_path):
     tree = tiny_config(run_dir, digits, train__steps=3, checkpoint__every=1, data__caption_dropout=0.4)
     train_on(2, tree)
     checkpoint = Checkpoint(run_dir / "checkpoints" / "step_00000002")
-    parts = assemble(checkpoint.config, MESH)
+    parts = assemble(checkpoint.config, model_config(checkpoint.config), MESH)
     state = DataState.from_dict(checkpoint.manifest.data)
     batch = next(iter(Loader(parts.index, parts.plan, rank=0, world=1, channels=1, multiple=2, state=state)))
     model = build(parts.model, checkpoint.state_dict("master"), "the checkpoint")

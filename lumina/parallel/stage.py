@@ -1,0 +1,110 @@
+"""What one rank runs of a Flag-DiT: its blocks, on its tokens, from patches to velocity if there is no pipeline.
+
+Shape suffixes: t token of this rank, n sample, w condition width, d model dim, p patch element.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from lumina.model.attention import AttentionInputs
+from lumina.model.flag_dit import FlagDiT
+from lumina.model.tokens import Captions
+from lumina.parallel.mesh import Mesh
+from lumina.parallel.recompute import run_block
+from lumina.parallel.ring import SequenceParallelCore
+from lumina.parallel.sequence import Stretch
+
+
+@runtime_checkable  # or the shape checks of the tests cannot look at it
+class Conditions(Protocol):
+    """What a stage is told of a pack, beside its tokens. The same on all ranks that work on the pack."""
+
+    t: Tensor
+    stretch: Stretch
+    captions: Captions | None
+    labels: Tensor | None
+
+
+class Stage(nn.Module):
+    """Blocks [first, last) of `model`, with the embedders before block 0 and the head after the last block."""
+
+    def __init__(self, model: FlagDiT, blocks: range, mesh: Mesh, *, recompute: str, offload: bool):
+        """`model` is taken over, and loses what other stages have."""
+        super().__init__()
+        self.config = model.config
+        self.recompute, self.offload = recompute, offload
+        self.has_first, self.has_last = blocks.start == 0, blocks.stop == len(model.layers)
+        # Under their own numbers, so that parameters keep their public names.
+        model.layers = nn.ModuleDict({str(i): model.layers[i] for i in blocks})
+        if not self.has_first:
+            for name in ("x_embedder", "t_embedder", "cap_embedder", "y_embedder"):
+                if hasattr(model, name):
+                    delattr(model, name)
+            for name in ("eol_token", "pad_token", "nextframe_token"):
+                if hasattr(model, name):
+                    delattr(model, name)
+        if not self.has_last:
+            del model.final_layer
+        self.model = model
+        if mesh.ring.size * mesh.ulysses.size > 1 or recompute == "selective":
+            for block in model.layers.values():
+                block.attention.core = SequenceParallelCore(mesh.ring, mesh.ulysses)
+
+    def forward(self, x_tp: Tensor, conditions: Conditions) -> Tensor:
+        """The velocity (T, P) of this rank's rows, of a model that is all on one stage."""
+        c_nw, x_td = self.embed(x_tp, conditions)
+        return self.head(c_nw, self.run_blocks(c_nw, x_td, conditions), conditions).to(x_tp.dtype)
+
+    def embed(self, x_tp: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """c (N, W), from which all modulation is made, and x (T, D)."""
+        c_nw = self.model.condition(conditions.t, self._captions(conditions), conditions.labels)
+        return c_nw, self.model.embed(x_tp, conditions.stretch.tokens)
+
+    def run_blocks(self, c_nw: Tensor, x_td: Tensor, conditions: Conditions) -> Tensor:
+        """x (T, D) after this stage's blocks."""
+        stretch = conditions.stretch
+        inputs: AttentionInputs = self.model.attention_inputs(stretch.attending, self._captions(conditions))
+        for block in self.model.layers.values():
+            x_td = run_block(block, x_td, c_nw, stretch.tokens.sample_id_t, inputs, self.recompute, self.offload)
+        return x_td
+
+    def head(self, c_nw: Tensor, x_td: Tensor, conditions: Conditions) -> Tensor:
+        """The velocity (T, P)."""
+        return self.model.final_layer(x_td, c_nw, conditions.stretch.tokens.sample_id_t)
+
+    def _captions(self, conditions: Conditions) -> Captions | None:
+        dtype = next(self.model.parameters()).dtype
+        return None if conditions.captions is None else conditions.captions.to(dtype=dtype)
+
+
+def cut(costs: Sequence[float], stages: int) -> list[range]:
+    """`costs`, of blocks in order, cut into `stages` stretches of at least one block, the dearest as cheap as can be."""
+    count = len(costs)
+    sums = [sum(costs[:i]) for i in range(count + 1)]
+    # best[i]: the smallest possible dearest stretch of the first i blocks, and where its last stretch starts
+    best = [(sums[i], 0) for i in range(count + 1)]
+    starts = []
+    for stage in range(2, stages + 1):
+        best = [
+            min((max(best[j][0], sums[i] - sums[j]), j) for j in range(stage - 1, i)) if i >= stage else (float("inf"), 0)
+            for i in range(count + 1)
+        ]
+        starts.append([j for _, j in best])
+    stop, stretches = count, []
+    for table in reversed(starts):
+        stretches.append(range(table[stop], stop))
+        stop = table[stop]
+    return [range(0, stop), *reversed(stretches)]
+
+
+def stage_costs(model: FlagDiT) -> list[float]:
+    """Cost of each block in multiply-adds a token, that of the embedders and of the head on the first and the last."""
+    def weights(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    costs = [float(weights(block.attention) + weights(block.feed_forward)) for block in model.layers]
+    costs[0] += weights(model.x_embedder)
+    costs[-1] += weights(model.final_layer.linear)
+    return costs
