@@ -72,6 +72,8 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         settings = {"optimizer": self._optimizer, "config": deepspeed_config(config, accumulation_steps)}
         with contextlib.redirect_stdout(io.StringIO()):
+            # Takes over torch's process groups, which the mesh has started; a pipeline wants it before its engine does.
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             if mesh.pipeline.size > 1:
                 self._pipeline = PipelineStage(stage)
                 module = _pipeline_module(self._pipeline, mesh, self._loss_of_last_stage)

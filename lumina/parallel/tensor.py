@@ -293,7 +293,8 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_tw: Tensor) -> tuple[Any, ...]:
         count = len(grads_tw)
-        normed, inverses = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: recomputation gives them a single time
+        normed, inverses = saved[:count], saved[count:]
         moments = []
         for grad, x in zip(grads_tw, normed, strict=True):
             moments += [grad.mean(1), (grad * x).mean(1)]
