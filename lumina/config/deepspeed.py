@@ -30,6 +30,8 @@ def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
         },
         # Ours is torch's AdamW, which runs on a CPU as it does elsewhere.
         "zero_force_ds_cpu_optimizer": False,
+        # With tensor parallelism it would cut up what goes from stage to stage, which it can do for one tensor alone.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
