@@ -220,6 +220,8 @@ def _pipeline_module(stage: PipelineStage, mesh: Mesh, loss: Callable[[Tensor, T
     # One layer a stage: what is on each was settled by cost. DeepSpeed builds this rank's alone.
     layers = [stage if rank == mesh.pipeline.rank else nn.Identity() for rank in range(mesh.pipeline.size)]
     topology = PipeModelDataParallelTopology(mesh.pipeline.size, mesh.tensor.size, mesh.gradient.size)
+    for name, axis in (("pipe", mesh.pipeline), ("data", mesh.gradient), ("model", mesh.tensor)):
+        assert axis.size == 1 or list(axis.ranks) in topology.get_axis_comm_lists(name), (name, axis.ranks)
     return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="uniform", dynamic_shape=True)
 
 
@@ -246,9 +248,9 @@ class ClippedAdamW(torch.optim.AdamW):
     def __init__(self, trained: list[Trained], mesh: Mesh, *, clip_norm: float, **settings):
         self._parameters = [entry.parameter for entry in trained]
         super().__init__(self._parameters, **settings)
-        # A replicated parameter counts once, a part of one on every rank.
+        # A replicated parameter counts once, a part of one on every rank: as in DeepSpeed's own norm, by its mark.
         self._counted = [
-            entry.parameter for entry in trained if entry.part is not None or mesh.tensor.rank == 0
+            p for p in self._parameters if getattr(p, "tensor_model_parallel", False) or mesh.tensor.rank == 0
         ]
         self._mesh, self._clip_norm = mesh, clip_norm
         self._global_grad_norm = 0.0

@@ -64,12 +64,12 @@ def exact(case):
 def allowed(case):
     """1.4 × the error of one plain call over the whole pack, and in fp32 2 ulp if those are more.
 
-    Where each rank has a few tokens, 1.6 ×: a result then often is one block's, rounded, and rounded again after the
+    Where each rank has a few tokens, 2 ×: a result then often is one block's, rounded, and rounded again after the
     others moved it a little, which makes up to √2, and few numbers scatter.
 
     The lse of torch's CPU kernel is good to 2e-5 in bf16 (a rougher exponential); cast to bf16 it would be 2e-3.
     """
-    factor = 1.4 if case.tokens > 100 else 1.6
+    factor = 1.4 if case.tokens > 100 else 2.0
     least = dict.fromkeys(NAMES, TWO_ULP if case.dtype == torch.float32 else 0.0)
     if case.dtype == torch.bfloat16:
         least["lse"] = 2e-5
@@ -130,7 +130,8 @@ def run_layouts(rank: int, layouts: list[tuple[int, int]], cases: list[Case]) ->
         for case in cases:
             if case.kv_heads < layout[1]:
                 continue
-            results[layout, case] = run_core(core, case, rank, ranks)
+            # Plain arrays outlive this process; fp32 holds bf16.
+            results[layout, case] = [x.float().numpy() for x in run_core(core, case, rank, ranks)]
         same.append(replays_alike(core, cases[0], rank, ranks))
         same.append(many_outstanding(core, cases[:2], rank, ranks))
     dist.barrier()

@@ -49,15 +49,18 @@ def _unsummed_gradients(mesh):
 
 
 def _norm_of_parts_as_replicated(mesh):
-    """Parts of a parameter are counted once, as if every rank had all of it."""
-    from lumina.parallel import engine
+    """The norm counts what a rank has of a parameter once, as if every rank had all of it."""
+    from lumina.parallel import tensor
 
-    class Unmarked(engine.ClippedAdamW):
-        def __init__(self, trained, mesh, **settings):
-            super().__init__(trained, mesh, **settings)
-            self._counted = self._parameters if mesh.tensor.rank == 0 else []
+    parallelize = tensor.parallelize_tensor
 
-    return mock.patch.object(engine, "ClippedAdamW", Unmarked)
+    def unmarked(model, mesh):
+        parts = parallelize(model, mesh)
+        for parameter in model.parameters():
+            parameter.tensor_model_parallel = False
+        return parts
+
+    return mock.patch.object(tensor, "parallelize_tensor", unmarked)
 
 
 FAULTS = {
