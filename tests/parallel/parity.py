@@ -114,7 +114,7 @@ def run_case(case: Case) -> Run | None:
     from lumina.train.step import train_step
     from tests.parallel.faults import inject
 
-    config = validate(_tree(case), "test")
+    config = validate(tree_of(case), "test")
     sizes = model_config(config)
     check_layout(config, sizes, World.from_environment().size)
     mesh = open_mesh(config.parallel)
@@ -162,7 +162,7 @@ def run_case(case: Case) -> Run | None:
     return Run(losses, norms, parameters) if first else None
 
 
-def _tree(case: Case) -> dict[str, Any]:
+def tree_of(case: Case) -> dict[str, Any]:
     text = case.kind == "text"
     return {
         "run": {"dir": "unused"},

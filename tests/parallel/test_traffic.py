@@ -13,19 +13,12 @@ SIZES = {"dim": DIM, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "in_chann
 
 
 def tensor(n: int) -> float:
-    """Two sums of the tokens forward and two backward; the moments of the KQ-norm, two of q and two of k."""
-    moved = 4 * 2 * DIM * FP32 + (4 + 2 * 4) * 4 * n / 1
-    return moved * (n - 1) / n if n == 1 else 8 * DIM * FP32 * (n - 1) / n + _moments(n)
+    """Two sums of all tokens forward and two backward, whether as all-reduces or in halves; and the KQ-norm's moments.
 
-
-def _moments(n: int) -> float:
-    # Gathered forward (n pieces of 4 numbers), summed backward; fp32 in any precision.
-    return 4 * 4 * (n - 1) + 2 * 4 * 4 * (n - 1) / n
-
-
-def tensor_sequence(n: int) -> float:
-    """Each sum is a reduce-scatter and a gather, of which the other half comes at the next region."""
-    return tensor(n)
+    These are two numbers of q and two of k, fp32 in any precision: gathered forward, summed backward.
+    """
+    moments = 4 * 4 * (n - 1) + 2 * 4 * 4 * (n - 1) / n
+    return 8 * DIM * FP32 * (n - 1) / n + moments
 
 
 def ring(n: int) -> float:
@@ -38,20 +31,20 @@ def ulysses(n: int) -> float:
     return 2 * (2 * DIM + 2 * KV) * FP32 * (n - 1) / n / n
 
 
-CASES = {
-    "tensor": ({"tensor": 4}, tensor),
-    "tensor with sequence": ({"tensor": 4, "sequence": True}, tensor_sequence),
-    "ring": ({"ring": 4}, ring),
-    "ulysses": ({"ulysses": 4}, ulysses),
-    "ring × ulysses": ({"ring": 2, "ulysses": 2}, lambda n: ring_of_ulysses(2, 2)),
-}
-
-
 def ring_of_ulysses(ring_size: int, ulysses_size: int) -> float:
     """The ring moves the keys of 1/ulysses of the heads of a stretch that is ulysses times as long."""
     n = ring_size * ulysses_size
     exchanged = 2 * (2 * DIM + 2 * KV) * FP32 * (ulysses_size - 1) / ulysses_size / n
     return exchanged + ring(ring_size) / ulysses_size
+
+
+CASES = {
+    "tensor": ({"tensor": 4}, tensor),
+    "tensor with sequence": ({"tensor": 4, "sequence": True}, tensor),
+    "ring": ({"ring": 4}, ring),
+    "ulysses": ({"ulysses": 4}, ulysses),
+    "ring × ulysses": ({"ring": 2, "ulysses": 2}, lambda n: ring_of_ulysses(2, n // 2)),
+}
 
 
 def sent(rank: int, layouts: list[dict], ports: list[int]) -> list[list[dict[str, float]]]:
@@ -86,8 +79,48 @@ def sent(rank: int, layouts: list[dict], ports: list[int]) -> list[list[dict[str
             counts.append(dict(traffic.sent))
         close_mesh(mesh)
         results.append(counts)
-    torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
     return results
+
+
+def sent_by_stages(rank: int) -> tuple[float, int, int]:
+    """Bytes sent, tokens and samples of one step of a pipeline of all ranks."""
+    from lumina.checkpoint.load import model_config
+    from lumina.config.load import validate
+    from lumina.config.schema import VaeConfig
+    from lumina.encoders.vae import build_vae
+    from lumina.flow.loss import Objective
+    from lumina.model.flag_dit import FlagDiT
+    from lumina.parallel.engine import Engine
+    from lumina.parallel.mesh import open_mesh
+    from lumina.parallel.randomness import Randomness
+    from lumina.train.prepare import Preparer
+    from tests.parallel.parity import PACKS, Case, packs_of, tree_of
+
+    config = validate(tree_of(Case(4, {"pipeline": 4}, kind="label")), "test")
+    sizes = model_config(config)
+    mesh = open_mesh(config.parallel)
+    prepare = Preparer(sizes, build_vae(VaeConfig(), 1), None, Objective.build(), Randomness(0), 0.0, mesh)
+    engine = Engine(FlagDiT(sizes), config, mesh, PACKS)
+    packs = [prepare(pack) for pack in packs_of(1, "label")]
+    with Traffic() as traffic:
+        engine.accumulate(packs, lambda pack: pack.data, lambda _, output: output.square().sum())
+    tokens = sum(len(pack.data) for pack in packs)
+    return sum(traffic.sent.values()), tokens, sum(len(pack.t) for pack in packs)
+
+
+@pytest.mark.slow
+def test_bytes_between_stages():
+    """x forward and its gradient backward for each token and boundary, and the same of c for each sample."""
+    from deepspeed.runtime.pipe.engine import TENSOR_META_SIZE
+
+    from tests.parallel.parity import MODEL, PACKS
+
+    told = run_ranks(4, sent_by_stages)
+    _, tokens, samples = told[0]
+    shapes = PACKS * TENSOR_META_SIZE * 4  # which DeepSpeed sends before every activation
+    of_boundary = sum(sent for sent, _, _ in told) / 3 - shapes
+    print(f"pipeline: {of_boundary / tokens:.1f} bytes a token and boundary, {2 * MODEL['dim'] * FP32} of them x")
+    assert of_boundary == 2 * MODEL["dim"] * FP32 * (tokens + samples)
 
 
 @pytest.mark.slow
@@ -96,17 +129,16 @@ def test_bytes_for_each_token_and_layer():
     told = run_ranks(4, sent, layouts, [free_port() for _ in layouts])
     for index, (name, (layout, formula)) in enumerate(CASES.items()):
         ranks = [sum(two.values()) - sum(one.values()) for one, two in (of_rank[index] for of_rank in told)]
-        # The modulation's gather and its gradient's sums are of samples, not of tokens.
-        conditions = _of_conditions(layout)
-        measured = (sum(ranks) / len(ranks) - conditions) / TOKENS
+        measured = (sum(ranks) / len(ranks) - _whatever_the_length(layout)) / TOKENS
         print(f"{name}: {measured:.1f} bytes a token and layer, {formula(4):.1f} by formula")
         assert measured == pytest.approx(formula(4), rel=1e-6), name
 
 
-def _of_conditions(layout: dict) -> float:
+def _whatever_the_length(layout: dict) -> float:
+    """Bytes for the sample's modulation, and the gradients that it and the norms of a block have."""
     if "tensor" not in layout:
         return 0.0
     n, modulation, width = layout["tensor"], 6 * DIM * FP32, DIM * FP32
     gathered = modulation * (n - 1) / n
-    gradient = 2 * modulation * (n - 1) / n if layout.get("sequence") else 0
-    return gathered + gradient + 2 * width * (n - 1) / n
+    summed = width + (modulation + 2 * DIM * FP32 if layout.get("sequence") else 0)
+    return gathered + 2 * summed * (n - 1) / n
