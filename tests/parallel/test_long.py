@@ -1,0 +1,76 @@
+"""One sample of more than 131,072 tokens, forward and backward, on 1, 2 and 4 ranks: equal results, 1/P of the memory."""
+
+import time
+
+import pytest
+import torch
+
+from tests.parallel.workers import run_ranks
+
+# 8 frames of 128 rows of 127 patches, with nextline and nextframe tokens: a number that 2 and 4 do not divide.
+SHAPE, TOKENS = (8, 1, 256, 254), 131_079
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most since `reset_peak`."""
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def reset_peak() -> int:
+    """Forget the peak so far; bytes held now."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return peak_memory()
+
+
+def long_sample(rank: int, ring: int) -> tuple[float, list[float], int, float]:
+    """Loss and gradients, summed over ranks; bytes that forward and backward took at most; seconds."""
+    from lumina.config.schema import ParallelConfig
+    from lumina.model.config import FlagDiTConfig
+    from lumina.model.flag_dit import FlagDiT
+    from lumina.model.tokens import Captions, layout_of
+    from lumina.parallel.mesh import close_mesh, open_mesh
+    from lumina.parallel.sequence import stretch_of
+    from lumina.parallel.stage import Stage
+
+    mesh = open_mesh(ParallelConfig(ring=ring))
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "n_heads": 1, "n_layers": 1, "multiple_of": 16, "in_channels": 1, "cap_feat_dim": 8}
+    model = FlagDiT(FlagDiTConfig(**sizes, frames=True))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.1)
+    stage = Stage(model, range(1), mesh, recompute="selective", offload=False)
+
+    class Pack:
+        t, labels = torch.tensor([0.5]), None
+        captions = Captions(torch.randn(5, 8), (5,), torch.zeros(5, dtype=torch.long))
+        stretch = stretch_of(layout_of([SHAPE], 2, True, "cpu"), mesh)
+
+    x = torch.randn(TOKENS, 4)[Pack.stretch.start : Pack.stretch.stop].clone()
+    before, started = reset_peak(), time.perf_counter()
+    output = stage(x, Pack())
+    loss = (output.square().mean(1) * Pack.stretch.tokens.is_patch_t).sum() / Pack.stretch.tokens.patch_counts[0]
+    loss.backward()
+    peak, seconds = peak_memory() - before, time.perf_counter() - started
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    totals = mesh.sum([float(loss.detach()), *gradients.tolist()])
+    close_mesh(mesh)
+    return totals[0], totals[1:], peak, seconds
+
+
+@pytest.mark.slow
+def test_a_sample_of_131079_tokens_on_1_2_and_4_ranks(monkeypatch):
+    # Freed tensors go back to the system at once, so that the peak is that of tensors and not of malloc.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    told = {size: run_ranks(size, long_sample, size, timeout=900) for size in (1, 2, 4)}
+    loss, gradients, whole, _ = told[1][0]
+    gradients = torch.tensor(gradients, dtype=torch.float64)
+    for size, ranks in told.items():
+        peak, seconds = max(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
+        print(f"{size} ranks: {peak / 2**20:.1f} MiB a rank, {peak * size / whole:.2f} of 1/P, {seconds:.0f} s")
+        for found_loss, found, *_ in ranks:
+            assert found_loss == pytest.approx(loss, rel=1e-5)
+            apart = torch.tensor(found, dtype=torch.float64) - gradients
+            assert apart.norm() < 1e-5 * gradients.norm()
+        assert peak * size == pytest.approx(whole, rel=0.25)
