@@ -62,25 +62,43 @@ def assert_equal_tensors(found, expected):
 
 @pytest.mark.slow
 def test_bf16_keeps_fp32_masters(one_process, digits, tmp_path):
-    """Two ranks in bf16 stay near one in fp32 under every ZeRO stage, and the masters are not bf16 numbers."""
-    stages = (1, 2, 3)
-    train_on(2, *[tiny_config(tmp_path / f"{z}", digits, precision="bf16", parallel__zero_stage=z) for z in stages])
-    losses = [line["loss"] for line in one_process[0]]
-    for stage in stages:
-        ours = [line["loss"] for line in metrics_of(tmp_path / f"{stage}")]
-        assert ours == pytest.approx(losses, rel=2e-2)
-        assert ours != losses
-        master = tensors_of(tmp_path / f"{stage}")["master/x_embedder.weight"]
+    """Two ranks in bf16 stay near one in fp32 under every layout, and the masters are not bf16 numbers."""
+    layouts = [{"zero_stage": stage} for stage in (1, 2, 3)]
+    layouts += [{"tensor": 2}, {"tensor": 2, "sequence": True, "zero_stage": 3}, {"tensor": 2, "zero_stage": 2}]
+    layouts += [{"pipeline": 2}, {"ring": 2, "recompute": "selective"}, {"ulysses": 2, "offload_optimizer": True}]
+    trees = [
+        tiny_config(tmp_path / f"{i}", digits, precision="bf16", parallel=layout) for i, layout in enumerate(layouts)
+    ]
+    train_on(2, *trees)
+    losses, norms = ([line[key] for line in one_process[0]] for key in ("loss", "grad_norm"))
+    for i, layout in enumerate(layouts):
+        ours = metrics_of(tmp_path / f"{i}")
+        assert [line["loss"] for line in ours] == pytest.approx(losses, rel=2e-2), layout
+        assert [line["grad_norm"] for line in ours] == pytest.approx(norms, rel=5e-2), layout
+        assert [line["loss"] for line in ours] != losses
+        master = tensors_of(tmp_path / f"{i}")["master/x_embedder.weight"]
         assert not torch.equal(master, master.bfloat16().float())
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_layout(one_process, digits, tmp_path):
-    """Four steps of which each two run on another number of ranks and another ZeRO stage."""
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(2, {"zero_stage": 3}), (1, {"zero_stage": 0}), (4, {"zero_stage": 2}), (2, {"zero_stage": 1})],
+        [
+            (4, {"tensor": 2, "zero_stage": 3}),
+            (4, {"pipeline": 2, "ring": 2, "zero_stage": 1}),
+            (2, {"tensor": 2, "sequence": True, "zero_stage": 0}),
+            (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1}),
+        ],
+    ],
+    ids=["zero", "axes"],
+)
+def test_a_run_goes_on_under_another_layout(one_process, digits, tmp_path, layouts):
+    """Four steps, each under another layout."""
     run_dir = tmp_path / "run"
-    for world, zero_stage, steps in ((2, 3, 1), (1, 0, 2), (4, 2, 3), (2, 1, 4)):
-        tree = tiny_config(run_dir, digits, parallel__zero_stage=zero_stage, train__steps=steps)
-        train_on(world, tree)
+    for steps, (world, parallel) in enumerate(layouts, 1):
+        train_on(world, tiny_config(run_dir, digits, parallel=parallel, train__steps=steps))
     expected_metrics, expected = one_process
     found = metrics_of(run_dir)
     assert [line["step"] for line in found] == [1, 2, 3, 4]
@@ -108,15 +126,24 @@ def test_a_resumed_run_repeats_the_unbroken_one_to_the_bit(digits, tmp_path, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "stages"), [(1, [0]), (2, [0, 1, 2, 3])])
-def test_a_nan_on_one_rank_is_skipped_by_all(digits, tmp_path, world, stages):
-    trees = [tiny_config(tmp_path / f"{z}", digits, parallel__zero_stage=z) for z in stages]
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (1, [{"zero_stage": 0}]),
+        (2, [{"zero_stage": stage} for stage in range(4)]),
+        (2, [{"tensor": 2, "zero_stage": stage} for stage in (0, 1, 3)]),
+        (2, [{"pipeline": 2, "zero_stage": stage} for stage in (0, 1)]),
+        (2, [{"ring": 2, "zero_stage": 2}, {"ulysses": 2}, {"tensor": 2, "sequence": True}]),
+    ],
+)
+def test_a_nan_on_one_rank_is_skipped_by_all(digits, tmp_path, world, layouts):
+    trees = [tiny_config(tmp_path / f"{i}", digits, parallel=layout) for i, layout in enumerate(layouts)]
     verdicts = run_ranks(world, _train_with_nan, trees, [free_port() for _ in trees])
-    for stage in stages:
-        lines = metrics_of(tmp_path / f"{stage}")
-        assert [line["skipped"] for line in lines] == [False, True, False, False]
+    for i, layout in enumerate(layouts):
+        lines = metrics_of(tmp_path / f"{i}")
+        assert [line["skipped"] for line in lines] == [False, True, False, False], layout
         assert lines[1]["loss"] is None
-    assert verdicts == [["unchanged"] * len(stages)] * world
+    assert verdicts == [["unchanged"] * len(layouts)] * world
 
 
 def _train_with_nan(rank: int, trees: list[dict], ports: list[int]) -> list[str]:
