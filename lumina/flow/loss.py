@@ -130,9 +130,11 @@ def per_sample_mean(
     """The mean of each packed sample over its valid tokens; 0 for a sample that has none.
 
     `lengths`, on the error's device, counts each sample's tokens, valid or not, in the order of the sequence and sums
-    to T. `count_n` is how many valid tokens a sample has where some of them are elsewhere, and the result then this
-    sequence's share of the mean: shares of all sequences that hold a part of the sample sum to it. The result is deterministic on CUDA. Learned tokens (nextline, nextframe) are not valid: nothing is predicted
-    there.
+    to T. Learned tokens (nextline, nextframe) are not valid: nothing is predicted there. The result is deterministic on
+    CUDA.
+
+    `count_n` is how many valid tokens a sample has where some are elsewhere; the result is then this sequence's share
+    of the mean, and the shares of all sequences that hold a part of the sample sum to it.
 
     Raises:
         ValueError: where lengths do not sum to T (looked at on the CPU only, so that CUDA is not waited for).

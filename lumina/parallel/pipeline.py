@@ -1,8 +1,8 @@
 """One stage of a pipeline, as DeepSpeed's pipeline engine runs it.
 
 Between stages travel c, from which all modulation is made, and x. Both are differentiated, so the embedders, on the
-first stage, get their gradient from every stage's modulation. What needs no gradient (lengths, positions, captions) does
-not travel: every stage has the packs.
+first stage, get their gradient from every stage's modulation. What needs no gradient (lengths, positions, captions)
+does not travel: every stage has the packs.
 """
 
 from collections import deque

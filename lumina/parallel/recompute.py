@@ -4,7 +4,6 @@ none: everything. full: the block's input; its forward pass is run again. select
 (its output and log-sum-exp), so that attention, whose cost grows with the square of the length, is not run again.
 """
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +14,13 @@ from lumina.parallel.ring import SavedAttention, SequenceParallelCore
 
 
 def run_block(
-    block: Block, x_td: Tensor, c_nw: Tensor, sample_id_t: Tensor, inputs: AttentionInputs, recompute: str, offload: bool
+    block: Block,
+    x_td: Tensor,
+    c_nw: Tensor,
+    sample_id_t: Tensor,
+    inputs: AttentionInputs,
+    recompute: str,
+    offload: bool,
 ) -> Tensor:
     """`block(…)`, keeping what `recompute` says, on the CPU if `offload`."""
     if recompute == "none":

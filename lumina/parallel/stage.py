@@ -80,7 +80,7 @@ class Stage(nn.Module):
 
 
 def cut(costs: Sequence[float], stages: int) -> list[range]:
-    """`costs`, of blocks in order, cut into `stages` stretches of at least one block, the dearest as cheap as can be."""
+    """Blocks in order, cut into `stages` stretches of at least one, the dearest as cheap as can be."""
     count = len(costs)
     sums = [sum(costs[:i]) for i in range(count + 1)]
     # best[i]: the smallest possible dearest stretch of the first i blocks, and where its last stretch starts
@@ -88,7 +88,9 @@ def cut(costs: Sequence[float], stages: int) -> list[range]:
     starts = []
     for stage in range(2, stages + 1):
         best = [
-            min((max(best[j][0], sums[i] - sums[j]), j) for j in range(stage - 1, i)) if i >= stage else (float("inf"), 0)
+            min((max(best[j][0], sums[i] - sums[j]), j) for j in range(stage - 1, i))
+            if i >= stage
+            else (float("inf"), 0)
             for i in range(count + 1)
         ]
         starts.append([j for _, j in best])
@@ -101,6 +103,7 @@ def cut(costs: Sequence[float], stages: int) -> list[range]:
 
 def stage_costs(model: FlagDiT) -> list[float]:
     """Cost of each block in multiply-adds a token, that of the embedders and of the head on the first and the last."""
+
     def weights(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 

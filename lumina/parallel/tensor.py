@@ -10,7 +10,6 @@ Shape suffixes: t token, d model dim, n sample, w width of queries or keys.
 
 import fnmatch
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -304,5 +303,3 @@ class _Normalise(torch.autograd.Function):
             mean, along = moments[2 * i, :, None], moments[2 * i + 1, :, None]
             results.append(((grad - mean - x * along) * inverse).to(dtype))
         return None, None, *results
-
-

@@ -1,4 +1,4 @@
-"""Five optimizer steps of a small Flag-DiT under any layout, on packs made here; and how far two such runs are apart."""
+"""Five optimizer steps of a small Flag-DiT under any layout, on packs made here; how far two such runs are apart."""
 
 import math
 import os
@@ -136,7 +136,9 @@ def run_case(case: Case) -> Run | None:
             packs = packs_of(step, case.kind)
             total = sum(map(len, packs))
             mine = packs[mesh.data.rank :: mesh.data.size]
-            groups = [sum(mine[i : i + case.at_once], []) for i in range(0, len(mine), case.at_once)]
+            groups = [
+                [s for pack in mine[i : i + case.at_once] for s in pack] for i in range(0, len(mine), case.at_once)
+            ]
             result = train_step(
                 engine,
                 ema,

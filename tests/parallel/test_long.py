@@ -1,6 +1,7 @@
-"""One sample of more than 131,072 tokens, forward and backward, on 1, 2 and 4 ranks: equal results, 1/P of the memory."""
+"""One sample of over 131,072 tokens, forward and backward, on 1, 2 and 4 ranks: equal results, 1/P of the memory."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +14,13 @@ SHAPE, TOKENS = (8, 1, 256, 254), 131_079
 
 def peak_memory() -> int:
     """Bytes of memory that this process has held at most since `reset_peak`."""
-    lines = open("/proc/self/status").read().splitlines()
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def reset_peak() -> int:
     """Forget the peak so far; bytes held now."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 

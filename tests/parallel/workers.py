@@ -56,9 +56,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     return [results[rank] for rank in range(world)]
 
 
-def _rank(
-    queue, rank: int, world: int, port: int, timeout: float, function: Callable, arguments: tuple
-) -> None:
+def _rank(queue, rank: int, world: int, port: int, timeout: float, function: Callable, arguments: tuple) -> None:
     faulthandler.dump_traceback_later(timeout)
     os.environ.update(
         RANK=str(rank),

@@ -198,7 +198,13 @@ def test_the_wheel_says_who_it_is(metadata):
     assert not required & {"flash-attn", "apex", "fairscale", "wandb", "gradio"}
 
 
-PACKAGE_OF = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "transformers"}
+PACKAGE_OF = {
+    "megatron": "megatron-core",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "huggingface_hub": "transformers",
+}
 
 
 def test_what_is_imported_is_required(metadata):

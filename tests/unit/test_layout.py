@@ -1,4 +1,4 @@
-"""What cannot run is refused before a process group is made, by the number that does not fit and the nearest that would."""
+"""What cannot run is refused before a process group is made: the number that does not fit, the nearest that would."""
 
 import itertools
 
@@ -28,7 +28,10 @@ def check(world=1, precision="fp32", packs=24, at_once=1, **parallel):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"tensor": 4, "world": 4}, r"parallel.tensor=4 does not divide model.n_kv_heads=6; the nearest that does is 2"),
+        (
+            {"tensor": 4, "world": 4},
+            r"parallel.tensor=4 does not divide model.n_kv_heads=6; the nearest that does is 2",
+        ),
         ({"tensor": 5, "world": 5}, r"parallel.tensor=5 does not divide model.n_heads=12; the nearest that does is 2"),
         (
             {"tensor": 3, "world": 3},
@@ -76,7 +79,16 @@ def test_sentences(settings, sentence):
 
 def test_what_can_run_is_let_pass():
     check(world=8, tensor=2, pipeline=2, ring=2, sequence=True, zero_stage=1)
-    check(world=12, tensor=2, ulysses=3, ring=2, sequence=False, zero_stage=3, offload_optimizer=True, recompute="selective")
+    check(
+        world=12,
+        tensor=2,
+        ulysses=3,
+        ring=2,
+        sequence=False,
+        zero_stage=3,
+        offload_optimizer=True,
+        recompute="selective",
+    )
     check(world=8, pipeline=4, precision="bf16", recompute="full", offload_activations=True)
     check(world=5, ring=5)  # a ring of any size
     check(world=5, ulysses=5)  # heads that do not divide
