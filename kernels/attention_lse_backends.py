@@ -271,12 +271,12 @@ class _FlashAttn3(_Packed):
         return (
             super().usable(q_qhe)
             and torch.cuda.get_device_capability(q_qhe.device)[0] == 9
-            and _flash_attn_3() is not None
+            and optional.flash_attn_3() is not None
         )
 
     def _forward(self, q, k, v, part):
         cu_q, cu_k, max_q, max_k = self._lengths(part, q.device)
-        out, lse, *_ = _flash_attn_3()._flash_attn_forward(
+        out, lse, *_ = optional.flash_attn_3()._flash_attn_forward(
             q,
             k,
             v,
@@ -291,7 +291,7 @@ class _FlashAttn3(_Packed):
     def _backward(self, grad_out, q, k, v, out, lse, part):
         cu_q, cu_k, max_q, max_k = self._lengths(part, q.device)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        _flash_attn_3()._flash_attn_backward(
+        optional.flash_attn_3()._flash_attn_backward(
             grad_out,
             q,
             k,
@@ -309,11 +309,6 @@ class _FlashAttn3(_Packed):
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq, dk, dv
-
-
-@functools.cache
-def _flash_attn_3() -> ModuleType | None:
-    return optional._import_if_present("flash_attn_interface", "_flash_attn_forward")
 
 
 BACKENDS: tuple[LseBackend, ...] = (

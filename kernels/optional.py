@@ -13,6 +13,12 @@ def flash_attn() -> ModuleType | None:
 
 
 @functools.cache
+def flash_attn_3() -> ModuleType | None:
+    """FlashAttention-3's interface module (for Hopper), or None."""
+    return _import_if_present("flash_attn_interface", "_flash_attn_forward")
+
+
+@functools.cache
 def apex_layer_norm() -> ModuleType | None:
     """NVIDIA apex's fused norms, or None.
 

@@ -63,6 +63,7 @@ class Engine:
             for name, parameter in stage.model.named_parameters()
             if parameter.requires_grad
         ]
+        self._stage = stage
         self._optimizer = _optimizer(trained, config, mesh)
         if parallel.zero_stage == 3:
             # Blocks hand the weights of their norms to fused operations, past the norms' own forward, where ZeRO 3
@@ -85,6 +86,11 @@ class Engine:
                 self._engine, *_ = deepspeed.initialize(model=stage, mpu=mpu, **settings)
         self.fragments: list[Fragment] = fragments_of(self._engine, trained)
         self._replicated = parallel.zero_stage == 0
+
+    @property
+    def attention_backend(self) -> str:
+        """Name of what self-attention runs on."""
+        return self._stage.attention_backend
 
     @property
     def owned(self) -> list[bool]:

@@ -172,6 +172,9 @@ def _with_groups(parallel: ParallelConfig, world: World, device: torch.device) -
     ulysses, ring = Axis(ranks=(world.rank,)), Axis(ranks=(world.rank,))
     if sequence_ranks > 1:
         ulysses, ring = map(Axis.of, groups.get_hierarchical_context_parallel_groups())
+    if device.type == "cuda" and ring.size > 1:
+        # NCCL wants all ranks of a group in its first exchange; in a ring, one without tokens would send nothing.
+        dist.all_reduce(torch.zeros(1, device=device), group=ring.group)
     return Mesh(
         world,
         device,

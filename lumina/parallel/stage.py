@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from lumina.kernels import attention
+from lumina.kernels.attention_lse_backends import lse_backend
 from lumina.model.attention import AttentionInputs
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.tokens import Captions
@@ -51,6 +53,15 @@ class Stage(nn.Module):
         if mesh.ring.size * mesh.ulysses.size > 1 or recompute == "selective":
             for block in model.layers.values():
                 block.attention.core = SequenceParallelCore(mesh.ring, mesh.ulysses)
+
+    @property
+    def attention_backend(self) -> str:
+        """Name of what self-attention runs on."""
+        weight = next(self.model.parameters())
+        q_the = weight.new_empty(1, 1, self.config.head_dim)
+        core = next(iter(self.model.layers.values())).attention.core
+        ours = isinstance(core, SequenceParallelCore)
+        return lse_backend(q_the, core.backend).name if ours else attention.chosen(q_the)
 
     def forward(self, x_tp: Tensor, conditions: Conditions) -> Tensor:
         """The velocity (T, P) of this rank's rows, of a model that is all on one stage."""

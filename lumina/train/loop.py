@@ -149,7 +149,8 @@ class Trainer:
             f"Flag-DiT with {parameters:,} parameters · {len(parts.index):,} samples · "
             f"packs a step: {self.config.train.global_batch_packs}, of {plan.tokens_per_pack:,} tokens "
             f"({plan.waste(self.loader.state, batches=20):.1%} unused) · ranks: {describe(self.mesh)}, "
-            f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision}"
+            f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision} · "
+            f"attention: {self.engine.attention_backend}"
         )
         if self.step >= self.config.train.steps:
             metrics.say(f"{self.run_dir} is at step {self.step} of {self.config.train.steps}: nothing to do")

@@ -285,8 +285,8 @@ def test_flash_attn_packages_are_called_as_published(monkeypatch, name, meetings
         ),
     )
     monkeypatch.setattr(
-        backends,
-        "_flash_attn_3",
+        optional,
+        "flash_attn_3",
         lambda: types.SimpleNamespace(_flash_attn_forward=kernel.fa3_forward, _flash_attn_backward=kernel.fa3_backward),
     )
     backend = next(b for b in BACKENDS if b.name == name)
@@ -340,7 +340,7 @@ def test_choice_on_cuda():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["flash_attn", "flash_attn_3"])
 def test_installed_packages_have_the_published_signatures(name):
-    package = {"flash_attn": backends._flash_attn_2, "flash_attn_3": backends._flash_attn_3}[name]()
+    package = {"flash_attn": backends._flash_attn_2, "flash_attn_3": optional.flash_attn_3}[name]()
     if package is None:
         pytest.skip(f"{name} is not installed")
     function = package._flash_attn_varlen_backward if name == "flash_attn" else package._flash_attn_backward
