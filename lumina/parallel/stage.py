@@ -19,6 +19,17 @@ from lumina.parallel.ring import SequenceParallelCore
 from lumina.parallel.sequence import Stretch
 
 
+ON_FIRST_STAGE = (
+    "x_embedder",
+    "t_embedder",
+    "cap_embedder",
+    "y_embedder",
+    "eol_token",
+    "pad_token",
+    "nextframe_token",
+)
+
+
 @runtime_checkable  # or the shape checks of the tests cannot look at it
 class Conditions(Protocol):
     """What a stage is told of a pack, beside its tokens. The same on all ranks that work on the pack."""
@@ -41,10 +52,7 @@ class Stage(nn.Module):
         # Under their own numbers, so that parameters keep their public names.
         model.layers = nn.ModuleDict({str(i): model.layers[i] for i in blocks})
         if not self.has_first:
-            for name in ("x_embedder", "t_embedder", "cap_embedder", "y_embedder"):
-                if hasattr(model, name):
-                    delattr(model, name)
-            for name in ("eol_token", "pad_token", "nextframe_token"):
+            for name in ON_FIRST_STAGE:
                 if hasattr(model, name):
                     delattr(model, name)
         if not self.has_last:
