@@ -34,7 +34,6 @@ def long_sample(rank: int, ring: int) -> tuple[float, list[float], int, float]:
     from lumina.parallel.sequence import stretch_of
     from lumina.parallel.stage import Stage
 
-    torch.set_num_threads(max(1, 2 // ring))  # as many in all, up to the ranks
     mesh = open_mesh(ParallelConfig(ring=ring))
     torch.manual_seed(0)
     sizes = {"dim": 16, "n_heads": 1, "n_layers": 1, "multiple_of": 16, "in_channels": 1, "cap_feat_dim": 8}

@@ -21,7 +21,7 @@ CASES = [
     Case(2, {"pipeline": 2}, kind="label", at_once=2),
     Case(2, {"pipeline": 2, "zero_stage": 1, "offload_optimizer": True, "recompute": "full"}),
     Case(2, {"zero_stage": 2}),
-    Case(2, {"tensor": 2, "zero_stage": 3, "offload_optimizer": True}, kind="label"),
+    Case(2, {"tensor": 2, "sequence": True, "zero_stage": 3, "offload_optimizer": True}, kind="label"),
     # Every pair.
     Case(4, {"tensor": 2, "pipeline": 2}),
     Case(4, {"tensor": 2, "ring": 2, "sequence": True}),
