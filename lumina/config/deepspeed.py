@@ -4,6 +4,9 @@ from typing import Any
 
 from lumina.config.schema import Config
 
+# Elements of the buffer that gradients are reduced through; DeepSpeed's own default would take 2 GB in fp32.
+REDUCE_BUCKET = 100_000_000
+
 
 def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
     """The dict for ``deepspeed.initialize``.
@@ -24,6 +27,7 @@ def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "overlap_comm": False,
+            "reduce_bucket_size": REDUCE_BUCKET,
             # DeepSpeed gathers a parameter below this size once and keeps it whole; we want none forgotten.
             "stage3_param_persistence_threshold": 0,
             **offload,

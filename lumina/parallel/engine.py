@@ -66,8 +66,8 @@ class Engine:
         self._stage = stage
         self._optimizer = _optimizer(trained, config, mesh)
         if parallel.zero_stage == 3:
-            # Blocks hand the weights of their norms to fused operations, past the norms' own forward, where ZeRO 3
-            # would gather them: it gathers a whole block at once instead.
+            # Blocks hand the weights of their norms to fused operations, past the norms' own forward, so that ZeRO 3
+            # would meet them unannounced and gather each by itself: it gathers a whole block at once instead.
             deepspeed.utils.set_z3_leaf_modules(stage, [Block])
         # Building its shared-memory collective takes a compiler and half a minute, and no collective of ours uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

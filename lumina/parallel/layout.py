@@ -11,7 +11,7 @@ def check_layout(config: Config, model: FlagDiTConfig, world_size: int) -> None:
         ValueError: for a layout that cannot run: the number that does not fit, and the nearest that would.
     """
     parallel = config.parallel
-    _check_tensor(parallel, model)
+    _check_tensor(parallel, model, world_size)
     if parallel.pipeline > model.n_layers:
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} stages are more than the {model.n_layers} blocks of the model; "
@@ -19,10 +19,12 @@ def check_layout(config: Config, model: FlagDiTConfig, world_size: int) -> None:
         )
     heads = model.kv_heads // parallel.tensor
     if parallel.ulysses > heads:
+        ranks = parallel.ulysses * parallel.ring
+        fitting = max(size for size in range(1, heads + 1) if ranks % size == 0)
         raise ValueError(
             f"parallel.ulysses={parallel.ulysses} ranks cannot share {heads} key-value heads (model.n_kv_heads="
-            f"{model.kv_heads} over parallel.tensor={parallel.tensor}); set it to at most {heads} and parallel.ring to "
-            "what remains"
+            f"{model.kv_heads} over parallel.tensor={parallel.tensor}); with as many ranks, set parallel.ulysses="
+            f"{fitting} and parallel.ring={ranks // fitting}"
         )
     _check_zero(parallel, config.precision)
     _check_recompute(parallel)
@@ -37,7 +39,7 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.world.size} ({product})" if product else str(mesh.world.size)
 
 
-def _check_tensor(parallel: ParallelConfig, model: FlagDiTConfig) -> None:
+def _check_tensor(parallel: ParallelConfig, model: FlagDiTConfig, world_size: int) -> None:
     size = parallel.tensor
     if parallel.sequence and size == 1:
         raise ValueError(
@@ -50,7 +52,8 @@ def _check_tensor(parallel: ParallelConfig, model: FlagDiTConfig) -> None:
     }
     for what, count in counts.items():
         if count % size:
-            fitting = [d for d in range(1, model.kv_heads + 1) if not any(n % d for n in counts.values())]
+            all_counts = (*counts.values(), world_size)
+            fitting = [d for d in range(1, model.kv_heads + 1) if not any(n % d for n in all_counts)]
             raise ValueError(
                 f"parallel.tensor={size} does not divide {what}; the nearest that does is {_nearest(fitting, size)}"
             )
@@ -87,7 +90,7 @@ def _data_size(parallel: ParallelConfig, world_size: int) -> int:
         product = " × ".join(f"parallel.{axis}={size}" for axis, size in sizes.items() if size > 1)
         raise ValueError(
             f"a world of {world_size} processes cannot be laid out as {product}, which takes a multiple of {replica}; "
-            f"the nearest is {max(1, round(world_size / replica)) * replica}"
+            f"the nearest is {_nearest_multiple(replica, world_size)}"
         )
     return world_size // replica
 
@@ -100,9 +103,10 @@ def accumulation_steps(config: Config, data_size: int) -> int:
     """
     packs, at_once = config.train.global_batch_packs, config.train.packs_per_forward
     if packs % data_size:
+        at_a_time = data_size * at_once
         raise ValueError(
             f"train.global_batch_packs={packs} cannot be shared by {data_size} data-parallel ranks; "
-            f"the nearest number that can is {max(1, round(packs / data_size)) * data_size}"
+            f"the nearest number that can is {_nearest_multiple(at_a_time, packs)}"
         )
     of_rank = packs // data_size
     if of_rank % at_once:
@@ -116,3 +120,8 @@ def accumulation_steps(config: Config, data_size: int) -> int:
 
 def _nearest(fitting: list[int], wanted: int) -> int:
     return min(fitting, key=lambda number: abs(number - wanted))
+
+
+def _nearest_multiple(of: int, wanted: int) -> int:
+    """The smaller of two that are equally near; at least one."""
+    return max(1, -((of - 2 * wanted) // (2 * of))) * of

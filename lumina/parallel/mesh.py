@@ -72,10 +72,6 @@ class Axis:
         ranks = tuple(dist.get_process_group_ranks(group))
         return Axis(len(ranks), ranks.index(dist.get_rank()), group, ranks)
 
-    @property
-    def is_last(self) -> bool:
-        return self.rank == self.size - 1
-
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
@@ -97,11 +93,6 @@ class Mesh:
     gradient: Axis = Axis()
     weights: Axis = Axis()
     sequence_parallel: bool = False
-
-    @property
-    def replica_size(self) -> int:
-        """Ranks that work on the same packs."""
-        return self.world.size // self.data.size
 
     @property
     def leads_replica(self) -> bool:

@@ -18,7 +18,6 @@ from lumina.parallel.recompute import run_block
 from lumina.parallel.ring import SequenceParallelCore
 from lumina.parallel.sequence import Stretch
 
-
 ON_FIRST_STAGE = (
     "x_embedder",
     "t_embedder",

@@ -1,8 +1,11 @@
-"""What each launcher says of a process, read from its environment."""
+"""Which process is which: what each launcher says of one, and its place on the axes."""
+
+import os
 
 import pytest
 
 from lumina.parallel.mesh import _LAUNCHERS, World
+from tests.parallel.workers import free_port, run_ranks
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -35,3 +38,61 @@ def test_one_process_without_a_launcher(monkeypatch):
     assert World.from_environment() == World(0, 1, 0)
     monkeypatch.setenv("SLURM_PROCID", "0")  # in an allocation, but not under srun
     assert World.from_environment() == World(0, 1, 0)
+
+
+LAYOUTS = [
+    {"ulysses": 4, "ring": 2},
+    {"ulysses": 2, "ring": 4},
+    {"tensor": 4, "pipeline": 2},
+    {"tensor": 2, "ulysses": 2},
+    {"pipeline": 2, "ring": 2},
+    {},
+]
+INNERMOST_FIRST = ("tensor", "ulysses", "ring", "data", "pipeline")
+
+
+@pytest.mark.slow
+def test_ranks_are_numbered_as_documented():
+    """With tensor innermost and pipeline outermost, along every axis, on eight ranks."""
+    for rank, layouts in enumerate(run_ranks(8, places, LAYOUTS, [free_port() for _ in LAYOUTS])):
+        for layout, (axes, leads) in zip(LAYOUTS, layouts, strict=True):
+            sizes = {axis: layout.get(axis, 1) for axis in INNERMOST_FIRST}
+            sizes["data"] = 8
+            for size in layout.values():
+                sizes["data"] //= size
+            stride, place, strides = 1, {}, {}
+            for axis in INNERMOST_FIRST:
+                strides[axis], place[axis] = stride, rank // stride % sizes[axis]
+                stride *= sizes[axis]
+            for axis in INNERMOST_FIRST:
+                first = rank - place[axis] * strides[axis]
+                ranks = [first + i * strides[axis] for i in range(sizes[axis])]
+                assert axes[axis] == (place[axis], ranks), (layout, rank, axis)
+            together = ("ulysses", "ring", "data")
+            assert axes["gradient"][1] == sorted(r for r in range(8) if same_but(r, rank, sizes, together))
+            assert axes["weights"][1] == sorted(r for r in range(8) if same_but(r, rank, sizes, ("tensor", "pipeline")))
+            assert leads == all(place[axis] == 0 for axis in INNERMOST_FIRST if axis != "data")
+
+
+def same_but(a, b, sizes, axes):
+    """Whether two ranks are at the same place of every axis but these."""
+    stride, same = 1, True
+    for axis in INNERMOST_FIRST:
+        same &= axis in axes or a // stride % sizes[axis] == b // stride % sizes[axis]
+        stride *= sizes[axis]
+    return same
+
+
+def places(rank, layouts, ports):
+    """Of each layout, this rank's place and the ranks of every axis; and whether it leads its replica."""
+    from lumina.config.schema import ParallelConfig
+    from lumina.parallel.mesh import close_mesh, open_mesh
+
+    found = []
+    for layout, port in zip(layouts, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        mesh = open_mesh(ParallelConfig(**layout))
+        axes = {name: getattr(mesh, name) for name in (*INNERMOST_FIRST, "gradient", "weights")}
+        found.append(({name: (axis.rank, list(axis.ranks)) for name, axis in axes.items()}, mesh.leads_replica))
+        close_mesh(mesh)
+    return found

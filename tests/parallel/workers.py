@@ -40,10 +40,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     failures = []
     deadline = time.monotonic() + timeout + 10
     for _ in range(world):
-        try:
-            rank, result, failure = queue.get(timeout=deadline - time.monotonic())
-        except Empty:
-            rank, result, failure = -1, None, f"the ranks {sorted(results)} of {world} answered in {timeout} s"
+        rank, result, failure = _next_answer(queue, ranks, results, deadline)
         results[rank] = result
         if failure:
             failures.append(f"rank {rank}:\n{failure}")
@@ -54,6 +51,19 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
         process.join(timeout)
     assert not failures, failures[0]
     return [results[rank] for rank in range(world)]
+
+
+def _next_answer(queue, ranks, results, deadline) -> tuple[int, Any, str | None]:
+    """(rank, result, failure); of rank -1 where none will come."""
+    while True:
+        dead = [(rank, p.exitcode) for rank, p in enumerate(ranks) if rank not in results and p.exitcode]
+        try:
+            return queue.get(timeout=1)
+        except Empty:
+            if dead:
+                return -1, None, f"died without a word: (rank, exit code) {dead}"
+            if time.monotonic() > deadline:
+                return -1, None, f"only the ranks {sorted(results)} answered"
 
 
 def _rank(queue, rank: int, world: int, port: int, timeout: float, function: Callable, arguments: tuple) -> None:

@@ -32,9 +32,9 @@ def check(world=1, precision="fp32", packs=24, at_once=1, **parallel):
             {"tensor": 4, "world": 4},
             r"parallel.tensor=4 does not divide model.n_kv_heads=6; the nearest that does is 2",
         ),
-        ({"tensor": 5, "world": 5}, r"parallel.tensor=5 does not divide model.n_heads=12; the nearest that does is 2"),
+        ({"tensor": 5, "world": 5}, r"parallel.tensor=5 does not divide model.n_heads=12; the nearest that does is 1"),
         (
-            {"tensor": 3, "world": 3},
+            {"tensor": 3, "world": 6},
             r"parallel.tensor=3 does not divide the feed-forward width 128; the nearest that does is 2",
         ),
         ({"sequence": True}, r"parallel.sequence .* with parallel.tensor=1 set it to false"),
@@ -42,9 +42,13 @@ def check(world=1, precision="fp32", packs=24, at_once=1, **parallel):
         (
             {"ulysses": 4, "tensor": 2, "world": 8},
             r"parallel.ulysses=4 ranks cannot share 3 key-value heads \(model.n_kv_heads=6 over parallel.tensor=2\); "
-            r"set it to at most 3",
+            r"with as many ranks, set parallel.ulysses=2 and parallel.ring=2",
         ),
-        ({"ulysses": 7, "world": 7}, r"parallel.ulysses=7 ranks cannot share 6 key-value heads .* at most 6"),
+        (
+            {"ulysses": 8, "ring": 3, "world": 24},
+            r"parallel.ulysses=8 ranks cannot share 6 key-value heads .* set parallel.ulysses=6 and parallel.ring=4",
+        ),
+        ({"world": 4, "packs": 7, "at_once": 2}, r"train.global_batch_packs=7 .* the nearest number that can is 8"),
         (
             {"pipeline": 2, "zero_stage": 2, "world": 2},
             r"parallel.zero_stage=2 does not go with parallel.pipeline=2: .* set parallel.zero_stage to 0 or 1",
@@ -63,8 +67,8 @@ def check(world=1, precision="fp32", packs=24, at_once=1, **parallel):
             r"of 6; the nearest is 6",
         ),
         ({"ring": 16, "world": 1}, r"a world of 1 processes .* parallel.ring=16, .* the nearest is 16"),
-        ({"world": 4, "packs": 6}, r"train.global_batch_packs=6 cannot be shared by 4 data-parallel ranks; .* is 8"),
-        ({"world": 4, "ring": 2, "packs": 3}, r"train.global_batch_packs=3 cannot be shared by 2 .* is 4"),
+        ({"world": 4, "packs": 6}, r"train.global_batch_packs=6 cannot be shared by 4 data-parallel ranks; .* is 4"),
+        ({"world": 4, "ring": 2, "packs": 3}, r"train.global_batch_packs=3 cannot be shared by 2 .* is 2"),
         (
             {"packs": 6, "at_once": 4},
             r"train.packs_per_forward=4 does not divide the 6 packs that each rank has in a step; the nearest .* is 3",
@@ -105,7 +109,7 @@ def test_a_refused_layout_starts_nothing(tmp_path, monkeypatch):
         "data: {shards: [nowhere]}\ntrain: {steps: 1}\nprecision: fp32\nparallel: {tensor: 4}\n"
     )
     monkeypatch.setattr(loop, "open_mesh", lambda *_: pytest.fail("process groups were made"))
-    with pytest.raises(ValueError, match=r"parallel.tensor=4 does not divide model.n_heads=2; the nearest .* is 2"):
+    with pytest.raises(ValueError, match=r"parallel.tensor=4 does not divide model.n_heads=2; the nearest .* is 1"):
         loop.train(load_config(config))
     assert list(tmp_path.iterdir()) == [config]
 
