@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import random
 import socket
 import time
 import traceback
@@ -14,10 +15,18 @@ import torch.multiprocessing as mp
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of loopback that nobody listens on, nor is given by the system to one who only connects.
+
+    It may be used minutes later, after many connections of other runs.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
