@@ -26,7 +26,6 @@ def one_process(digits, tmp_path_factory):
     [
         (1, [(0, 2), (0, 4), (1, 1), (2, 1), (3, 1)]),
         (2, [(0, 1), (1, 2), (2, 1), (3, 1)]),
-        (4, [(1, 1), (3, 1)]),
     ],
 )
 def test_every_layout_trains_alike(one_process, digits, tmp_path, world, layouts):
