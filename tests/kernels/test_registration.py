@@ -1,0 +1,125 @@
+"""The fused operations as torch custom ops: on the CPU they run their references, and torch.compile takes them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lumina import kernels
+from lumina.kernels.registration import FUSED
+from tests.kernels.cases import CASES, PACKED, PACKS
+from tests.kernels.plain import assert_close_to_exact, evaluated
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+EACH = pytest.mark.parametrize("name", CASES)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps how each of our custom ops is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lumina":
+            self.calls.setdefault(function._schema.name.removeprefix("lumina::"), (args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def called(lengths):
+    """The arguments of every custom op, backward ones too, as the operations call them."""
+    with Calls() as mode:
+        for make in CASES.values():
+            case = make(lengths, 96)
+            evaluated(case.fused, case.inputs)
+    return mode.calls
+
+
+def test_every_op_is_called_by_an_operation():
+    assert called((5, 3)).keys() == FUSED.keys()
+
+
+@pytest.mark.parametrize("lengths", [(5, 3), (0, 0)], ids=["a pack", "an empty pack"])
+@pytest.mark.parametrize("name", FUSED)
+def test_opcheck(name, lengths):
+    args, kwargs = called(lengths)[name]
+    differentiable = not name.endswith("_backward")
+    args = [
+        x.detach().clone().requires_grad_(differentiable)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in args
+    ]
+    torch.library.opcheck(FUSED[name]._opoverload, tuple(args), kwargs)
+
+
+@DTYPES
+@EACH
+def test_the_references_behind_the_ops(name, dtype):
+    """Forward, and the backward formulas, which are written out there."""
+    case = CASES[name](PACKS["ragged"], 96)
+    assert_close_to_exact(case.fused, case.plain, case.inputs, dtype)
+
+
+@EACH
+def test_an_op_gives_what_its_reference_gives(name):
+    case = CASES[name](PACKS["with empty samples"], 96)
+    ours = evaluated(case.fused, case.inputs)
+    theirs = evaluated(lambda *a: case.call(case.operation.reference, *a), case.inputs)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@EACH
+def test_compiled_without_a_break(name):
+    case = CASES[name](PACKS["ragged"], 96)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.fused, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(evaluated(compiled, case.inputs), evaluated(case.fused, case.inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_compiled_with_a_length_that_changes():
+    torch._dynamo.reset()
+    compiled = torch.compile(kernels.rms_norm_modulate.named("triton"), backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in ((5, 3), (7, 9, 2)):
+        case = PACKED["rms_norm_modulate"](lengths, 96)
+        found = evaluated(lambda *a, case=case: case.call(compiled, *a), case.inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found, evaluated(case.fused, case.inputs), strict=True))
+
+
+def python(code, **environment):
+    import os
+
+    run = [sys.executable, "-c", code]
+    return subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+CHOICES = """
+import torch
+from lumina import kernels
+class OnGpu(torch.Tensor):
+    is_cuda = True
+x = torch.ones(2, 96, dtype=torch.bfloat16)
+for x in (x, x.as_subclass(OnGpu)):
+    print(kernels.rms_norm_modulate.chosen(x), kernels.attention.chosen(x))
+"""
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("", "reference sdpa\ntriton"), ("reference", "reference reference\nreference reference")])
+def test_the_setting_that_forces_references(setting, expected):
+    assert python(CHOICES, LUMINA_KERNELS=setting).stdout.startswith(expected)
+
+
+def test_a_setting_that_does_not_exist():
+    run = python("import lumina.kernels", LUMINA_KERNELS="tritn")
+    assert run.stderr.splitlines()[-1] == "ValueError: LUMINA_KERNELS is 'tritn'; it is 'reference' or not set"
+
+
+def test_without_triton():
+    """As on macOS and Windows: everything imports, and the references run."""
+    hidden = "import sys; sys.modules['triton'] = None\n"
+    run = python(hidden + CHOICES)
+    assert run.stdout.split()[:3:2] == ["reference", "reference"], run.stderr
