@@ -24,7 +24,6 @@ WIDEST = 16384
 """The most elements of a row that one program holds."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SEARCH = 128
 
 
 def jit(function: Callable) -> Any:
@@ -34,8 +33,13 @@ def jit(function: Callable) -> Any:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run on tensors such as this."""
-    return x.is_cuda and triton is not None and x.dtype in _DTYPES and x.shape[-1] <= WIDEST
+    """Whether kernels that hold a row in one program run on tensors such as this."""
+    return usable_at_any_width(x) and x.shape[-1] <= WIDEST
+
+
+def usable_at_any_width(x: Tensor) -> bool:
+    """Whether the other kernels run on tensors such as this."""
+    return x.is_cuda and triton is not None and x.dtype in _DTYPES
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, warps: int, **constants: Any) -> None:

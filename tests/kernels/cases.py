@@ -13,6 +13,8 @@ from tests.kernels.plain import (
     plain_layer_norm,
     plain_modulated,
     plain_rms_norm,
+    plain_rotated,
+    plain_swiglu,
 )
 
 PACKS = {
@@ -97,5 +99,55 @@ PACKED = {case.__name__: case for case in (rms_norm_modulate, layer_norm_modulat
 """Operations on the tokens of a pack, by name: (lengths, width, device) -> Case."""
 
 
-CASES = PACKED
-"""All of them."""
+def swiglu(tokens, width):
+    inputs = [numbers(tokens, width, seed=0, scale=4), numbers(tokens, width, seed=1)]
+    return Case(kernels.swiglu, inputs, lambda f, *a: f(*a), plain_swiglu)
+
+
+def swiglu_packed(tokens, width):
+    inputs = [numbers(2, tokens, 2 * width, seed=0, scale=4)]
+    return Case(kernels.swiglu, inputs, lambda f, ab: f(ab), lambda ab: plain_swiglu(*ab.chunk(2, -1)))
+
+
+@dataclass
+class OneRank:
+    """What a rank that shares its width with none tells itself, and what was told."""
+
+    told: list[Tensor]
+
+    def moments(self, local_4t: Tensor) -> Tensor:
+        self.told.append(local_4t)
+        return local_4t.clone()
+
+    means = moments
+
+
+def qk_norm_rope(tokens, heads=4, kv_heads=2, head_dim=24, normed=True, shared=False, device="cpu"):
+    q_width, k_width = heads * head_dim, kv_heads * head_dim
+    frequencies = torch.logspace(0, -2, head_dim // 2)
+    angles = torch.arange(tokens)[:, None] * frequencies + 40.0
+    cos, sin = angles.cos().to(device), angles.sin().to(device)
+    inputs = [numbers(tokens, q_width, seed=0) + 1, numbers(tokens, k_width, seed=1) * 2 - 1]
+    if normed:
+        inputs += [numbers(width, seed=2 + i) for i, width in enumerate((q_width, q_width, k_width, k_width))]
+
+    def call(f, q, k, *affine):
+        return f(q, k, *(affine or [None] * 4), cos, sin, OneRank([]) if shared else None)
+
+    def plain(q, k, *affine):
+        if affine:
+            q = plain_layer_norm(q, 1e-5) * affine[0] + affine[1]
+            k = plain_layer_norm(k, 1e-5) * affine[2] + affine[3]
+        return plain_rotated(q, cos, sin), plain_rotated(k, cos, sin)
+
+    return Case(kernels.qk_norm_rope, inputs, call, plain)
+
+
+def cases(lengths, width):
+    """Every operation in every form."""
+    tokens, made = sum(lengths), {name: make(lengths, width) for name, make in PACKED.items()}
+    made |= {"swiglu": swiglu(tokens, width), "swiglu_packed": swiglu_packed(tokens, width)}
+    made["qk_norm_rope"] = qk_norm_rope(tokens)
+    made["qk_norm_rope shared"] = qk_norm_rope(tokens, shared=True)
+    made["qk_norm_rope not normed"] = qk_norm_rope(tokens, normed=False)
+    return made

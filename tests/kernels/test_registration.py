@@ -8,11 +8,11 @@ import torch
 
 from lumina import kernels
 from lumina.kernels.registration import FUSED
-from tests.kernels.cases import CASES, PACKED, PACKS
+from tests.kernels.cases import PACKED, PACKS, cases
 from tests.kernels.plain import assert_close_to_exact, evaluated
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-EACH = pytest.mark.parametrize("name", CASES)
+EACH = pytest.mark.parametrize("name", cases((1,), 2))
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -31,50 +31,66 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 def called(lengths):
     """The arguments of every custom op, backward ones too, as the operations call them."""
     with Calls() as mode:
-        for make in CASES.values():
-            case = make(lengths, 96)
+        for case in cases(lengths, 96).values():
             evaluated(case.fused, case.inputs)
     return mode.calls
 
 
-def test_every_op_is_called_by_an_operation():
-    assert called((5, 3)).keys() == FUSED.keys()
+def test_every_op_is_called_by_an_operation(of_a_pack):
+    assert of_a_pack.keys() == FUSED.keys()
 
 
-@pytest.mark.parametrize("lengths", [(5, 3), (0, 0)], ids=["a pack", "an empty pack"])
+@pytest.fixture(scope="module")
+def of_a_pack():
+    return called((5, 3))
+
+
+@pytest.fixture(scope="module")
+def of_an_empty_pack():
+    return called((0, 0))
+
+
 @pytest.mark.parametrize("name", FUSED)
-def test_opcheck(name, lengths):
-    args, kwargs = called(lengths)[name]
-    differentiable = not name.endswith("_backward")
+def test_opcheck(name, of_a_pack):
+    opcheck(name, *of_a_pack[name])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_opcheck_of_an_empty_pack(name, of_an_empty_pack):
+    opcheck(name, *of_an_empty_pack[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def opcheck(name, args, kwargs, **options):
+    differentiable = not name.endswith(("_backward", "_moments"))
     args = [
         x.detach().clone().requires_grad_(differentiable)
         if isinstance(x, torch.Tensor) and x.is_floating_point()
         else x
         for x in args
     ]
-    torch.library.opcheck(FUSED[name]._opoverload, tuple(args), kwargs)
+    torch.library.opcheck(FUSED[name]._opoverload, tuple(args), kwargs, **options)
 
 
 @DTYPES
 @EACH
 def test_the_references_behind_the_ops(name, dtype):
     """Forward, and the backward formulas, which are written out there."""
-    case = CASES[name](PACKS["ragged"], 96)
+    case = cases(PACKS["ragged"], 96)[name]
     assert_close_to_exact(case.fused, case.plain, case.inputs, dtype)
 
 
 @EACH
 def test_an_op_gives_what_its_reference_gives(name):
-    case = CASES[name](PACKS["with empty samples"], 96)
+    case = cases(PACKS["with empty samples"], 96)[name]
     ours = evaluated(case.fused, case.inputs)
     theirs = evaluated(lambda *a: case.call(case.operation.reference, *a), case.inputs)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@EACH
+@pytest.mark.parametrize("name", [name for name in cases((1,), 2) if "shared" not in name])
 def test_compiled_without_a_break(name):
-    case = CASES[name](PACKS["ragged"], 96)
+    case = cases(PACKS["ragged"], 96)[name]
     torch._dynamo.reset()
     compiled = torch.compile(case.fused, backend="aot_eager", fullgraph=True)
     for found, expected in zip(evaluated(compiled, case.inputs), evaluated(case.fused, case.inputs), strict=True):
