@@ -9,7 +9,7 @@ import torch
 from lumina import kernels
 from lumina.kernels.registration import FUSED
 from tests.kernels.cases import PACKED, PACKS, cases
-from tests.kernels.plain import assert_close_to_exact, evaluated
+from tests.kernels.plain import assert_close_to_exact, evaluated, numbers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 EACH = pytest.mark.parametrize("name", cases((1,), 2))
@@ -33,6 +33,9 @@ def called(lengths):
     with Calls() as mode:
         for case in cases(lengths, 96).values():
             evaluated(case.fused, case.inputs)
+        tokens = sum(lengths)
+        out, block = numbers(2, tokens, 4, 24, seed=0)
+        kernels.merge_attention.named("triton")(out, out[..., 0].clone(), block, block[..., 0].clone())
     return mode.calls
 
 
@@ -61,7 +64,7 @@ def test_opcheck_of_an_empty_pack(name, of_an_empty_pack):
 
 
 def opcheck(name, args, kwargs, **options):
-    differentiable = not name.endswith(("_backward", "_moments"))
+    differentiable = not name.endswith(("_backward", "_moments", "_attention"))
     args = [
         x.detach().clone().requires_grad_(differentiable)
         if isinstance(x, torch.Tensor) and x.is_floating_point()
