@@ -66,7 +66,7 @@ def modulated_norm_forward(
                 mean = tl.sum(x) / WIDTH
                 tl.store(moments_ptr + tokens + token, mean)
                 x = tl.where(inside, x - mean, 0.0)
-            inverse = 1.0 / tl.sqrt(tl.sum(x * x) / WIDTH + eps)
+            inverse = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
             tl.store(moments_ptr + token, inverse)
             out = (x * inverse) * factor + shift
             tl.store(out_ptr + token * WIDTH + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -89,10 +89,6 @@ def modulated_norm_backward(
     partial_ptr,
     tokens,
     chunk,
-    grad_out_stride,
-    grad_sum_stride,
-    x_stride,
-    y_stride,
     gate_stride,
     scale_stride,
     partial_stride,
@@ -118,12 +114,13 @@ def modulated_norm_backward(
         along = tl.zeros((BLOCK,), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for token in tl.range(row, end, num_stages=STAGES):
-            x = tl.load(x_ptr + token * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.load(grad_out_ptr + token * grad_out_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            at = token * WIDTH + columns  # one address for all, or registers spill
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
             inverse = tl.load(moments_ptr + token)
             if CENTRED:
-                x = tl.where(inside, x - tl.load(moments_ptr + tokens + token), 0.0)
-            normed = x * inverse
+                x -= tl.load(moments_ptr + tokens + token)
+            normed = x * inverse  # beside the row too, where grad is 0
             along += grad * normed
             total += grad
             grad *= factor
@@ -132,12 +129,12 @@ def modulated_norm_backward(
                 back -= tl.sum(grad) / WIDTH
             back *= inverse
             if y_ptr is not None:
-                back += tl.load(grad_sum_ptr + token * grad_sum_stride + columns, mask=inside, other=0.0).to(tl.float32)
-                y = tl.load(y_ptr + token * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
+                back += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 of_gate += back * y
                 grad_y = (gate * back).to(grad_y_ptr.dtype.element_ty)
-                tl.store(grad_y_ptr + token * WIDTH + columns, grad_y, mask=inside)
-            tl.store(grad_x_ptr + token * WIDTH + columns, back.to(grad_x_ptr.dtype.element_ty), mask=inside)
+                tl.store(grad_y_ptr + at, grad_y, mask=inside)
+            tl.store(grad_x_ptr + at, back.to(grad_x_ptr.dtype.element_ty), mask=inside)
         leave = partial_ptr + (program + sample) * WIDTH + columns
         tl.store(leave, along, mask=inside)
         tl.store(leave + partial_stride, total, mask=inside)
@@ -243,7 +240,7 @@ def forward(
             WIDTH=width,
             BLOCK=block_of(width),
             CENTRED=centred,
-            warps=max(1, min(16, block_of(width) // 512)),
+            warps=max(1, min(8, block_of(width) // (512 if y is None else 256))),
         )
     return summed, out, moments
 
@@ -261,9 +258,11 @@ def backward(
     """Gradients of (x, weight, scale, shift), then, given ``residual`` (gradient of the sum, gate, y), of (gate, y)."""
     tokens, width = x_td.shape
     samples = len(scale_nd)
-    grad_out, x, scale, sample_id = rows(grad_out_td), rows(x_td), rows(scale_nd), sample_id_t.contiguous()
+    grad_out, x, sample_id = (tensor.contiguous() for tensor in (grad_out_td, x_td, sample_id_t))
     weight = None if weight_d is None else weight_d.contiguous()
-    grad_sum, gate, y = (None, None, None) if residual is None else (rows(r) for r in residual)
+    scale, grad_sum, gate, y = rows(scale_nd), None, None, None
+    if residual is not None:
+        grad_sum, gate, y = residual[0].contiguous(), rows(residual[1]), residual[2].contiguous()
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous)
     grad_y = None if y is None else torch.empty_like(y, memory_format=contiguous)
@@ -286,10 +285,6 @@ def backward(
             partial,
             tokens,
             chunk,
-            grad_out.stride(0),
-            0 if y is None else grad_sum.stride(0),
-            x.stride(0),
-            0 if y is None else y.stride(0),
             0 if y is None else gate.stride(0),
             scale.stride(0),
             partial.stride(0),

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,6 @@ def compiled(launch: Launch, capability: int) -> Cost:
 
 def _usage(kernel) -> tuple[int, int, int]:
     """Registers a thread, bytes of stack (where spilled registers go), and bytes of shared memory."""
-    import tempfile
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -112,5 +111,5 @@ def _widest(kind: str, ptx: str) -> int:
     for vector, bits in re.findall(rf"\b{kind}\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[bufs](\d+)", ptx):
         widths.append(int(vector or 1) * int(bits))
     if kind == "ld":
-        widths += [8 * int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
+        widths += [8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
     return max(widths)
