@@ -126,7 +126,7 @@ def _backward_triton(grad_td: Tensor, gate_nd: Tensor, y_td: Tensor, sample_id_t
     grad, gate, y, sample_id = rows(grad_td), rows(gate_nd), rows(y_td), sample_id_t.contiguous()
     grad_y = torch.empty_like(y, memory_format=torch.contiguous_format)
     grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    chunk, partial = partial_sums(y, len(gate), 1)
+    chunk, partial = partial_sums(y, len(gate), 1, 2)
     if grad_y.numel():
         block = min(block_of(width), _COLUMNS)
         triton_support.launch(

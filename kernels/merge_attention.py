@@ -52,7 +52,9 @@ def merge_attention_in_place(
     merged = tl.where(block_lse != block_lse, block_lse, merged)  # NaN of the data must stay, and maximum drops it
     merged = tl.where(lse != lse, lse, merged)
     out_at = out_ptr + (query * out_stride + head * out_head_stride)[:, None] + elements[None, :]
-    block_out_at = block_out_ptr + (query * block_out_stride + head * block_out_head_stride)[:, None] + elements[None, :]
+    block_out_at = (
+        block_out_ptr + (query * block_out_stride + head * block_out_head_stride)[:, None] + elements[None, :]
+    )
     out = tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
     block_out = tl.load(block_out_at, mask=inside, other=0.0).to(tl.float32)
     change = block_out - out
@@ -79,7 +81,9 @@ def _triton(out_qhe: Tensor, lse_qh: Tensor, block_out_qhe: Tensor, block_lse_qh
     if out_qhe.numel() == 0:
         return
     if out_qhe.stride(-1) != 1:
-        raise ValueError(f"merge_attention works in place on rows that lie together; the stride is {out_qhe.stride(-1)}")
+        raise ValueError(
+            f"merge_attention works in place on rows that lie together; the stride is {out_qhe.stride(-1)}"
+        )
     block_out = triton_support.rows(block_out_qhe)
     block = block_of(head_dim)
     rows = max(1, _ELEMENTS // block)

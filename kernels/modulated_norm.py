@@ -266,7 +266,8 @@ def backward(
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous)
     grad_y = None if y is None else torch.empty_like(y, memory_format=contiguous)
-    chunk, partial = partial_sums(x, samples, 2 if y is None else 3)
+    warps = max(1, min(16, block_of(width) // (512 if y is None else 256)))
+    chunk, partial = partial_sums(x, samples, 2 if y is None else 3, 16 // warps)  # as many programs as fit
     if tokens:
         triton_support.launch(
             modulated_norm_backward,
@@ -292,7 +293,7 @@ def backward(
             BLOCK=block_of(width),
             CENTRED=len(moments_mt) == 2,
             STAGES=3,
-            warps=max(1, min(16, block_of(width) // 256)),
+            warps=warps,
         )
     grad_scale = torch.empty_like(scale, memory_format=contiguous)
     grad_shift = torch.empty_like(grad_scale, dtype=shift_dtype)
@@ -304,10 +305,10 @@ def backward(
     return grads if y is None else (*grads, grad_gate, grad_y)
 
 
-def partial_sums(x_td: Tensor, samples: int, count: int) -> tuple[int, Tensor]:
+def partial_sums(x_td: Tensor, samples: int, count: int, programs_each: int) -> tuple[int, Tensor]:
     """The tokens of a chunk, and room (count, chunks + samples, D) for each chunk's sums: bounded by the device."""
     tokens, width = x_td.shape
-    chunk = max(1, -(-tokens // triton_support.programs_at_once(x_td, 2)))
+    chunk = max(1, -(-tokens // triton_support.programs_at_once(x_td, programs_each)))
     slots = -(-tokens // chunk) + samples
     return chunk, torch.empty(count, slots, width, dtype=torch.float32, device=x_td.device)
 

@@ -72,7 +72,12 @@ def _normed(x_tw: Tensor, moments_2t: Tensor) -> Tensor:
 
 
 def _norm_rope(
-    x_tw: Tensor, weight: Tensor | None, bias: Tensor | None, cos_th: Tensor, sin_th: Tensor, moments: Tensor | None = None
+    x_tw: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cos_th: Tensor,
+    sin_th: Tensor,
+    moments: Tensor | None = None,
 ) -> Tensor:
     x = wide(x_tw)
     if weight is not None:

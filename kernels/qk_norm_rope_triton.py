@@ -239,7 +239,9 @@ def forward(
     half, q_out, k_out = 1, None, None
     if cos_th is not None:
         half, cos_th, sin_th = cos_th.shape[1], cos_th.contiguous(), sin_th.contiguous()
-        q_out, k_out = (torch.empty(tokens, x.shape[1] // (2 * half), 2 * half, dtype=x.dtype, device=x.device) for x in (q, k))
+        q_out, k_out = (
+            torch.empty(tokens, x.shape[1] // (2 * half), 2 * half, dtype=x.dtype, device=x.device) for x in (q, k)
+        )
     if tokens:
         chunk = min(_FORWARD_CHUNK, tokens)
         triton_support.launch(
@@ -300,7 +302,9 @@ def backward(
         means_4t = torch.empty(4, tokens, dtype=torch.float32, device=device)
     chunk = max(1, -(-tokens // triton_support.programs_at_once(gq, 1)))
     q_partial, k_partial = (
-        torch.empty(2, -(-tokens // chunk), width, dtype=torch.float32, device=device) if normed and parameters else None
+        torch.empty(2, -(-tokens // chunk), width, dtype=torch.float32, device=device)
+        if normed and parameters
+        else None
         for width in widths
     )
     if tokens:

@@ -14,7 +14,9 @@ TRITON: dict[str, Callable] = {}
 """What each runs on CUDA."""
 
 
-def fused(name: str, triton_implementation: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], CustomOpDef]:
+def fused(
+    name: str, triton_implementation: Callable, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable], CustomOpDef]:
     """Register the decorated torch reference and `triton_implementation`, of one signature, as ``lumina::name``.
 
     The reference also says what comes out when a graph is traced. So it must not look at values, and what it returns

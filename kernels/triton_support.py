@@ -42,7 +42,9 @@ def usable_at_any_width(x: Tensor) -> bool:
     return x.is_cuda and triton is not None and x.dtype in _DTYPES
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, warps: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float | None, warps: int, **constants: Any
+) -> None:
     """Run `kernel` on the device of its first argument. Every launch passes here, so that tests can look on."""
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, num_warps=warps, **constants)

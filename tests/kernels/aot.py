@@ -111,5 +111,7 @@ def _widest(kind: str, ptx: str) -> int:
     for vector, bits in re.findall(rf"\b{kind}\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[bufs](\d+)", ptx):
         widths.append(int(vector or 1) * int(bits))
     if kind == "ld":
-        widths += [8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
+        widths += [
+            8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)
+        ]
     return max(widths)

@@ -89,7 +89,14 @@ def gated_residual_norm(lengths, width, device="cpu"):
 
     return Case(
         kernels.gated_residual_norm,
-        [numbers(tokens, width, seed=0), gate, numbers(tokens, width, seed=1), numbers(width, seed=3) + 1, scale, shift],
+        [
+            numbers(tokens, width, seed=0),
+            gate,
+            numbers(tokens, width, seed=1),
+            numbers(width, seed=3) + 1,
+            scale,
+            shift,
+        ],
         lambda f, *a: f(*a, ids, 1e-5),
         plain,
     )

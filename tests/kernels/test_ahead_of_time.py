@@ -57,7 +57,9 @@ def table(dtype, capability):
     return lines, broken
 
 
-HEAD = "| kernel | first used by | warps | registers | spilled | shared | programs | load | store |\n" + "|---" * 9 + "|"
+HEAD = (
+    "| kernel | first used by | warps | registers | spilled | shared | programs | load | store |\n" + "|---" * 9 + "|"
+)
 
 
 @pytest.mark.slow

@@ -102,7 +102,9 @@ def test_compiled_without_a_break(name):
 
 def test_compiled_with_a_length_that_changes():
     torch._dynamo.reset()
-    compiled = torch.compile(kernels.rms_norm_modulate.named("triton"), backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        kernels.rms_norm_modulate.named("triton"), backend="aot_eager", fullgraph=True, dynamic=True
+    )
     for lengths in ((5, 3), (7, 9, 2)):
         case = PACKED["rms_norm_modulate"](lengths, 96)
         found = evaluated(lambda *a, case=case: case.call(compiled, *a), case.inputs)
@@ -127,7 +129,9 @@ for x in (x, x.as_subclass(OnGpu)):
 """
 
 
-@pytest.mark.parametrize(("setting", "expected"), [("", "reference sdpa\ntriton"), ("reference", "reference reference\nreference reference")])
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("", "reference sdpa\ntriton"), ("reference", "reference reference\nreference reference")]
+)
 def test_the_setting_that_forces_references(setting, expected):
     assert python(CHOICES, LUMINA_KERNELS=setting).stdout.startswith(expected)
 

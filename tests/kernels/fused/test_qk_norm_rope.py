@@ -110,10 +110,10 @@ def test_two_ranks_make_the_whole(device):
         for rank in range(2):
             leaves = [x.requires_grad_() for x in halves[rank]]
             q, k = kernels.qk_norm_rope.named("triton")(*leaves, cos, sin, ranks.of(rank))
-            cotangents = [
-                numbers(6, 4 // (i + 1), 24, seed=99 + i).to(device).chunk(2, 1)[rank] for i in range(2)
-            ]
+            cotangents = [numbers(6, 4 // (i + 1), 24, seed=99 + i).to(device).chunk(2, 1)[rank] for i in range(2)]
             grads = torch.autograd.grad((q, k), leaves, cotangents)
             found.append([q, k, *grads])
     for i, whole in enumerate(expected):
-        torch.testing.assert_close(torch.cat([found[0][i], found[1][i]], 1 if i < 2 else -1), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([found[0][i], found[1][i]], 1 if i < 2 else -1), whole, rtol=1e-4, atol=1e-5
+        )
