@@ -49,8 +49,6 @@ def merge_attention_in_place(
     weight = tl.where(block_lse == float("-inf"), 0.0, weight)[:, None]
     merged = tl.maximum(lse, block_lse) + tl.log(1.0 + small)
     merged = tl.where(block_lse == float("-inf"), lse, merged)
-    merged = tl.where(block_lse != block_lse, block_lse, merged)  # NaN of the data must stay, and maximum drops it
-    merged = tl.where(lse != lse, lse, merged)
     out_at = out_ptr + (query * out_stride + head * out_head_stride)[:, None] + elements[None, :]
     block_out_at = (
         block_out_ptr + (query * block_out_stride + head * block_out_head_stride)[:, None] + elements[None, :]

@@ -207,7 +207,7 @@ def forward(
     centred: bool,
     residual: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """x + gate·y (given ``residual``: gate, y), its modulated norm, and the moments (1 or 2, T) for the backward pass."""
+    """x + gate·y (given ``residual``: gate, y), its modulated norm, and the moments (1 or 2, T) of it."""
     tokens, width = x_td.shape
     x, scale, shift = rows(x_td), rows(scale_nd), rows(shift_nd)
     gate, y = (None, None) if residual is None else (rows(r) for r in residual)

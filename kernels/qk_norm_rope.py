@@ -1,7 +1,7 @@
 """KQ-norm over the full width of queries and keys, then rotary embedding.
 
-Moments are (4, T): mean and variance of the queries of each token, then of the keys. Where ranks share the width (tensor
-parallelism), moments come from outside, forward, and so do the means that the gradient of a norm takes, backward.
+Moments are (4, T): mean and variance of the queries of each token, then of the keys. Where ranks share the width
+(tensor parallelism), moments come from outside, forward, and so do the means that the gradient of a norm takes.
 """
 
 from typing import Any, Protocol, runtime_checkable

@@ -213,8 +213,8 @@ def qk_norm_rope_backward(
         )  # fmt: skip
     else:
         _differentiate(
-            grad_k_out_ptr, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_moments_ptr, k_means_ptr, grad_k_ptr, k_partial_ptr,
-            tokens, row, stop, grad_k_stride, grad_k_head_stride, k_stride, k_partial_stride, eps,
+            grad_k_out_ptr, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_moments_ptr, k_means_ptr, grad_k_ptr,
+            k_partial_ptr, tokens, row, stop, grad_k_stride, grad_k_head_stride, k_stride, k_partial_stride, eps,
             K_WIDTH, HALF, K_BLOCK, STAGES,
         )  # fmt: skip
 

@@ -42,6 +42,15 @@ def test_far_and_missing_blocks(device):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-7, atol=0)
 
 
+def test_what_has_no_weight_leaves_nothing(device):
+    """However large it is: neither what was there nor the block rounds the other."""
+    out, lse = torch.full((1, 2, 48), 1e8, device=device), torch.tensor([[-1e4, 1e4]], device=device)
+    block = torch.full((1, 2, 48), 1.2345678, device=device)
+    out[:, 1], block[:, 1] = block[:, 0], out[:, 0]
+    merge(out, lse, block, torch.zeros(1, 2, device=device))
+    assert torch.equal(out, torch.full_like(out, 1.2345678))
+
+
 def test_no_nan_is_hidden(device):
     out, lse = torch.zeros(1, 4, 48, device=device), torch.tensor([[0.0, 0.0, math.nan, math.nan]], device=device)
     block_lse = torch.tensor([[math.nan, 0.0, 0.0, -math.inf]], device=device)
