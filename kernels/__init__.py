@@ -6,7 +6,9 @@ implementation that can run on the tensors at hand.
 
 from .attention import AttentionPlan, attention
 from .gated_residual import gated_residual
+from .gated_residual_norm import gated_residual_norm
 from .layer_norm_modulate import layer_norm_modulate
+from .merge_attention import merge_attention
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm_modulate import rms_norm, rms_norm_modulate
 from .swiglu import swiglu
@@ -15,7 +17,9 @@ __all__ = [
     "AttentionPlan",
     "attention",
     "gated_residual",
+    "gated_residual_norm",
     "layer_norm_modulate",
+    "merge_attention",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_modulate",

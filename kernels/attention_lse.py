@@ -122,15 +122,6 @@ class LseBackend(ABC):
         )
 
 
-def merge(out_qhe: Tensor, lse_qh: Tensor, block_out_qhe: Tensor, block_lse_qh: Tensor) -> None:
-    """In place: (out, lse) of the keys seen so far becomes that with a further block's keys."""
-    # The weights come from the difference alone, so that they sum to 1 however lse is rounded. -∞ (no keys) on both
-    # sides would be NaN; one that comes from the data must stay.
-    weight_qh = torch.sigmoid(block_lse_qh - lse_qh).masked_fill_(block_lse_qh == -math.inf, 0.0)
-    out_qhe.lerp_(block_out_qhe.to(out_qhe.dtype), weight_qh[..., None])
-    torch.logaddexp(lse_qh, block_lse_qh, out=lse_qh)
-
-
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

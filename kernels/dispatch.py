@@ -1,9 +1,22 @@
-"""One dispatcher for all operations: the plain reference, and faster implementations where they can run."""
+"""One dispatcher for all operations: the plain reference, and faster implementations where they can run.
+
+``LUMINA_KERNELS=reference`` makes every operation run its reference, for debugging. It is read once, here.
+"""
 
 import functools
+import os
 from collections.abc import Callable
 
 from torch import Tensor
+
+
+def _reference_forced(setting: str) -> bool:
+    if setting not in ("", "reference"):
+        raise ValueError(f"LUMINA_KERNELS is {setting!r}; it is 'reference' or not set")
+    return setting == "reference"
+
+
+REFERENCE_FORCED = _reference_forced(os.environ.get("LUMINA_KERNELS", ""))
 
 
 class Operation:
@@ -27,12 +40,21 @@ class Operation:
 
         return register
 
+    def named(self, name: str) -> Callable:
+        """The implementation of this name, whether or not it can run here."""
+        implementations = {name: function for name, _, function in self._implementations}
+        return {**implementations, "reference": self.reference}[name]
+
     def chosen(self, tensor: Tensor) -> str:
         """Name of the implementation that a call with `tensor` as first argument runs."""
-        return next((name for name, usable, _ in self._implementations if usable(tensor)), "reference")
+        return self._choice(tensor)[0]
 
     def __call__(self, tensor: Tensor, *args, **kwargs):
-        for _, usable, function in self._implementations:
-            if usable(tensor):
-                return function(tensor, *args, **kwargs)
-        return self.reference(tensor, *args, **kwargs)
+        return self._choice(tensor)[1](tensor, *args, **kwargs)
+
+    def _choice(self, tensor: Tensor) -> tuple[str, Callable]:
+        if not REFERENCE_FORCED:
+            for name, usable, function in self._implementations:
+                if usable(tensor):
+                    return name, function
+        return "reference", self.reference

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lumina.kernels import gated_residual, layer_norm_modulate, rms_norm_modulate, swiglu
+from lumina.kernels import gated_residual, gated_residual_norm, layer_norm_modulate, rms_norm_modulate, swiglu
 from lumina.model.attention import Attention, AttentionInputs
 from lumina.model.config import FlagDiTConfig
 from lumina.model.initialise import initialise
@@ -69,11 +69,11 @@ class Block(nn.Module):
         attended = self.attention(
             rms_norm_modulate(x_td, norm.weight, scale_a, shift_a, sample_id_t, norm.eps), inputs, captions_sd
         )
-        x_td = gated_residual(x_td, gate_a, attended, sample_id_t)
-
         norm = self.ffn_norm
-        fed = self.feed_forward(rms_norm_modulate(x_td, norm.weight, scale_f, shift_f, sample_id_t, norm.eps))
-        return gated_residual(x_td, gate_f, fed, sample_id_t)
+        x_td, normed_td = gated_residual_norm(
+            x_td, gate_a, attended, norm.weight, scale_f, shift_f, sample_id_t, norm.eps
+        )
+        return gated_residual(x_td, gate_f, self.feed_forward(normed_td), sample_id_t)
 
 
 class FinalLayer(nn.Module):

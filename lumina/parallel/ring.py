@@ -22,8 +22,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lumina.kernels import AttentionPlan
-from lumina.kernels.attention_lse import LseBackend, Meeting, Meetings, merge, sum_dtype
+from lumina.kernels import AttentionPlan, merge_attention
+from lumina.kernels.attention_lse import LseBackend, Meeting, Meetings, sum_dtype
 from lumina.kernels.attention_lse_backends import lse_backend
 from lumina.parallel.mesh import Axis
 from lumina.parallel.sequence import bounds
@@ -141,7 +141,7 @@ def ring_forward(
             if step == 0:
                 out, lse = block[0].to(sum_dtype(q.dtype)), block[1]
             else:
-                merge(out[work.q_rows], lse[work.q_rows], *block)
+                merge_attention(out[work.q_rows], lse[work.q_rows], *block)
             del block, held_k, held_v
         if arrival is not None:
             yield arrival

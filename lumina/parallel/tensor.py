@@ -256,11 +256,32 @@ class FullWidthNormRope(NormRope):
         k_norm: FullWidthLayerNorm | None,
         inputs: AttentionInputs,
     ) -> tuple[Tensor, Tensor]:
-        q, k = q_td, k_td
-        if q_norm is not None:
-            q, k = normalise_full_width((q_td, k_td), (q_norm, k_norm))
-        q, k = qk_norm_rope(q, k, None, None, None, None, inputs.cos_te, inputs.sin_te)
-        return q.to(q_td.dtype), k.to(k_td.dtype)
+        if q_norm is None:
+            return qk_norm_rope(q_td, k_td, None, None, None, None, inputs.cos_te, inputs.sin_te)
+        affine = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+        return qk_norm_rope(q_td, k_td, *affine, inputs.cos_te, inputs.sin_te, FullWidth(q_norm.axis))
+
+
+class FullWidth:
+    """Moments and means over the width that ranks share, of equal slices (the kernel's `SharedWidth`)."""
+
+    def __init__(self, axis: Axis):
+        self.axis = axis
+
+    def moments(self, local_4t: Tensor) -> Tensor:
+        return torch.cat([_moments_of_all(of_ranks) for of_ranks in all_gather(local_4t, self.axis).split(2, dim=1)])
+
+    def means(self, local_4t: Tensor) -> Tensor:
+        return all_reduced(local_4t, self.axis) / self.axis.size
+
+
+def _moments_of_all(of_ranks_r2t: Tensor) -> Tensor:
+    """Mean and variance (2, T) of the whole, given those of each rank's equal slice."""
+    # The variance of the whole is the mean variance plus the variance of the means. A sum of squares would cancel
+    # where the mean is large.
+    means, variances = of_ranks_r2t.unbind(1)
+    spread_of_means, mean = torch.var_mean(means, dim=0, correction=0)
+    return torch.stack((mean, variances.mean(0) + spread_of_means))
 
 
 def normalise_full_width(values: tuple[Tensor, ...], norms: tuple[FullWidthLayerNorm, ...]) -> list[Tensor]:
@@ -276,13 +297,10 @@ class _Normalise(torch.autograd.Function):
         for x in values_tw:
             variance, mean = torch.var_mean(x.float(), dim=1, correction=0)
             moments += [mean, variance]
-        # Of equal slices: the variance of the whole is the mean variance plus the variance of the means. A sum of
-        # squares would cancel where the mean is large.
         of_ranks = all_gather(torch.stack(moments), axis)
         for i, x in enumerate(values_tw):
-            means, variances = of_ranks[:, 2 * i], of_ranks[:, 2 * i + 1]
-            spread_of_means, mean = torch.var_mean(means, dim=0, correction=0)
-            inverse = (variances.mean(0) + spread_of_means + eps).rsqrt()[:, None]
+            mean, variance = _moments_of_all(of_ranks[:, 2 * i : 2 * i + 2])
+            inverse = (variance + eps).rsqrt()[:, None]
             normed.append((x.float() - mean[:, None]) * inverse)
             deviations.append(inverse)
         ctx.axis, ctx.dtypes = axis, [x.dtype for x in values_tw]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lumina.kernels import attention_lse_backends as backends
-from lumina.kernels import optional
-from lumina.kernels.attention_lse import Meeting, merge
+from lumina.kernels import merge_attention, optional
+from lumina.kernels.attention_lse import Meeting
 from lumina.kernels.attention_lse_backends import BACKENDS, lse_backend
 
 ALLOWED = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
@@ -143,7 +143,7 @@ def test_two_halves_are_the_whole(dtype, heads, kv_heads):
     whole = (Meeting(0, 40, 0, 45),)
     halves = [((Meeting(0, 40, 0, 13),), k[:cut], v[:cut]), ((Meeting(0, 40, 0, 32),), k[cut:], v[cut:])]
     out, lse = (x.float() for x in backend.forward(q, halves[0][1], halves[0][2], halves[0][0]))
-    merge(out, lse, *backend.forward(q, halves[1][1], halves[1][2], halves[1][0]))
+    merge_attention(out, lse, *backend.forward(q, halves[1][1], halves[1][2], halves[1][0]))
     parts = [backend.backward(grad_out, q, ks, vs, out.to(dtype), lse, meetings) for meetings, ks, vs in halves]
     found = (
         out,
@@ -165,7 +165,7 @@ def test_merge_is_exact_in_float64():
     expected = out * (1 - weight)[:, None] + block * weight[:, None]
     expected_lse = [math.log(2), 3 + math.log1p(math.exp(-2)), 1e4, 800 + math.log1p(math.exp(-1)), 5, 2, -math.inf]
     address = out.data_ptr()
-    merge(out, lse, block, block_lse)
+    merge_attention(out, lse, block, block_lse)
     torch.testing.assert_close(out, expected, rtol=1e-15, atol=1e-15)
     torch.testing.assert_close(lse, torch.tensor([expected_lse], dtype=torch.float64), rtol=1e-15, atol=0)
     assert out.data_ptr() == address
@@ -173,7 +173,7 @@ def test_merge_is_exact_in_float64():
 
 def test_merge_hides_no_nan():
     out, lse = torch.zeros(1, 2, 4), torch.zeros(1, 2)
-    merge(out, lse, torch.ones(1, 2, 4), torch.tensor([[math.nan, 0.0]]))
+    merge_attention(out, lse, torch.ones(1, 2, 4), torch.tensor([[math.nan, 0.0]]))
     assert out.isnan().all(-1).tolist() == [[True, False]]
     assert lse.isnan().tolist() == [[True, False]]
 

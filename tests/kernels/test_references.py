@@ -1,8 +1,4 @@
-"""Every operation against its formula in float64, forward and backward, and who is chosen to run it.
-
-The rule: an error of at most twice that of the plain formula in the same dtype and a few units in the last place of
-the largest value.
-"""
+"""Every operation against its formula in float64, forward and backward, and who is chosen to run it."""
 
 import importlib
 import math
@@ -24,72 +20,30 @@ from lumina.kernels import (
     swiglu,
 )
 from lumina.kernels.dispatch import Operation
+from tests.kernels.plain import (
+    assert_close_to_exact,
+    numbers,
+    plain_gated_sum,
+    plain_layer_norm,
+    plain_modulated,
+    plain_rms_norm,
+    plain_rotated,
+    plain_swiglu,
+)
 
 # The package's attribute of this name is the operation.
 attention_module = importlib.import_module("lumina.kernels.attention")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-FEW_ULP = {torch.float32: 4, torch.bfloat16: 1}
 LENGTHS = (5, 1, 7, 3)
 TOKENS, WIDTH, SAMPLES = sum(LENGTHS), 24, len(LENGTHS)
 SAMPLE_ID = torch.repeat_interleave(torch.tensor(LENGTHS))
-
-
-def numbers(*shape, seed, scale=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def evaluated(function, inputs):
-    """The outputs of `function`, and the gradient of each input under a fixed random cotangent."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [numbers(*out.shape, seed=99 + i).to(out.dtype) for i, out in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, leaves, cotangents)
-    return [*(out.detach() for out in outputs), *gradients]
-
-
-def assert_close_to_exact(ours, plain, inputs, dtype):
-    inputs = [x.to(dtype) for x in inputs]
-    exact = evaluated(plain, [x.double() for x in inputs])
-    baseline = evaluated(plain, inputs)
-    found = evaluated(ours, inputs)
-    assert len(found) == len(exact)
-    for i, (value, base, truth) in enumerate(zip(found, baseline, exact, strict=True)):
-        assert value.dtype == dtype
-        assert value.shape == truth.shape
-        error, allowed = (value - truth).abs().max(), 2 * (base - truth).abs().max()
-        allowed = allowed + FEW_ULP[dtype] * torch.finfo(dtype).eps * truth.abs().max()
-        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def assert_rounded_once(found, exact):
     """Each element is the exact one to bf16's half ulp, and a hair for what fp32 does on the way."""
     ulp = torch.finfo(torch.bfloat16).eps * 2.0 ** exact.abs().clamp_min(1e-30).log2().floor()
     assert ((found.double() - exact).abs() <= 0.51 * ulp + 2e-6).all()
-
-
-# The formulas, written out. Each works in the dtype of its inputs.
-
-
-def plain_rms_norm(x, weight, eps=1e-5):
-    return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def plain_layer_norm(x, eps):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / ((centred * centred).mean(-1, keepdim=True) + eps).sqrt()
-
-
-def plain_modulated(normed, scale, shift):
-    return torch.stack([row * (1 + scale[i]) + shift[i] for row, i in zip(normed, SAMPLE_ID.tolist(), strict=True)])
-
-
-def plain_rotated(x_tw, cos, sin):
-    """The rotation of each pair as a 2 × 2 matrix."""
-    matrices = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2).to(x_tw.dtype)
-    pairs = x_tw.reshape(len(x_tw), -1, cos.shape[-1], 2)
-    return torch.einsum("tiab,thib->thia", matrices, pairs).flatten(-2)
 
 
 def plain_attention(q, k, v, plan):
@@ -128,7 +82,7 @@ def test_rms_norm_modulate(dtype):
     ]
 
     def plain(x, weight, scale, shift):
-        return plain_modulated(plain_rms_norm(x, weight), scale, shift)
+        return plain_modulated(plain_rms_norm(x, weight), scale, shift, SAMPLE_ID)
 
     assert_close_to_exact(lambda *a: rms_norm_modulate(*a, SAMPLE_ID, 1e-5), plain, inputs, dtype)
 
@@ -138,7 +92,7 @@ def test_layer_norm_modulate(dtype):
     inputs = [numbers(TOKENS, WIDTH, seed=0) + 2, numbers(SAMPLES, WIDTH, seed=1), numbers(SAMPLES, WIDTH, seed=2)]
 
     def plain(x, scale, shift):
-        return plain_modulated(plain_layer_norm(x, 1e-6), scale, shift)
+        return plain_modulated(plain_layer_norm(x, 1e-6), scale, shift, SAMPLE_ID)
 
     assert_close_to_exact(lambda *a: layer_norm_modulate(*a, SAMPLE_ID, 1e-6), plain, inputs, dtype)
 
@@ -154,17 +108,15 @@ def test_layer_norm_modulate_uses_eps():
 def test_gated_residual(dtype):
     inputs = [numbers(TOKENS, WIDTH, seed=0), numbers(SAMPLES, WIDTH, seed=1), numbers(TOKENS, WIDTH, seed=2)]
 
-    def plain(x, gate, y):
-        rows = zip(x, y, SAMPLE_ID.tolist(), strict=True)
-        return torch.stack([x_row + gate[i] * y_row for x_row, y_row, i in rows])
-
-    assert_close_to_exact(lambda *a: gated_residual(*a, SAMPLE_ID), plain, inputs, dtype)
+    assert_close_to_exact(
+        lambda *a: gated_residual(*a, SAMPLE_ID), lambda *a: plain_gated_sum(*a, SAMPLE_ID), inputs, dtype
+    )
 
 
 @DTYPES
 def test_swiglu(dtype):
     inputs = [numbers(TOKENS, WIDTH, seed=0, scale=4), numbers(TOKENS, WIDTH, seed=1)]
-    assert_close_to_exact(swiglu, lambda a, b: a / (1 + (-a).exp()) * b, inputs, dtype)
+    assert_close_to_exact(swiglu, plain_swiglu, inputs, dtype)
 
 
 @DTYPES

@@ -38,7 +38,13 @@ def _local_kq_norm(mesh):
             for x, norm in zip(values, norms, strict=True)
         ]
 
-    return mock.patch.object(tensor, "normalise_full_width", local)
+    class Alone(tensor.FullWidth):
+        def moments(self, local_4t):
+            return local_4t
+
+        means = moments
+
+    return mock.patch.multiple(tensor, normalise_full_width=local, FullWidth=Alone)
 
 
 def _unsummed_gradients(mesh):

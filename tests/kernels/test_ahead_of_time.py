@@ -1,0 +1,75 @@
+"""Every kernel of every shipped model is compiled for three generations of GPUs, none of which need be there."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lumina.kernels import triton_support
+from lumina.kernels.registration import FUSED, TRITON
+from tests.kernels.shipped import MODELS, run
+
+if triton_support.triton is None:
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+from tests.kernels.aot import compiled, recorded
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""The most a program may have, in bytes."""
+
+
+@functools.cache
+def launches(dtype):
+    """What the models launch, each launch but once, with the first model that makes it."""
+    found = {}
+    for model in MODELS if dtype == torch.bfloat16 else MODELS[:1] + MODELS[2:3]:
+        with recorded(pytest.MonkeyPatch()) as made:
+            run(model, dtype)
+        for launch in made:
+            found.setdefault(launch, model.name)
+    return found
+
+
+def test_every_op_is_among_them(monkeypatch):
+    called = set()
+    for name, function in TRITON.items():
+        monkeypatch.setitem(TRITON, name, lambda *a, name=name, f=function: (called.add(name), f(*a))[1])
+    with recorded(pytest.MonkeyPatch()):
+        for model in MODELS:
+            run(model, torch.bfloat16)
+    assert called == FUSED.keys()
+
+
+def table(dtype, capability):
+    """Markdown, a line a kernel; and the lines of those that break a limit."""
+    found = launches(dtype)
+    with ThreadPoolExecutor(2) as pool:
+        costs = list(pool.map(lambda launch: compiled(launch, capability), found))
+    lines, broken = [], []
+    for (launch, model), cost in zip(found.items(), costs, strict=True):
+        threads = 32 * launch.warps
+        resident = min(65536 // (cost.registers * threads), SHARED[capability] // max(cost.shared, 1), 2048 // threads)
+        columns = (launch.name, model, launch.warps, cost.registers, cost.spills, cost.shared, resident)
+        lines.append("| " + " | ".join(map(str, (*columns, cost.load_bits, cost.store_bits))) + " |")
+        if cost.spills or cost.shared > SHARED[capability] or cost.load_bits < 128:
+            broken.append(lines[-1])
+    return lines, broken
+
+
+HEAD = (
+    "| kernel | first used by | warps | registers | spilled | shared | programs | load | store |\n" + "|---" * 9 + "|"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (80, torch.float32)],
+)
+def test_what_kernels_cost(capability, dtype, capsys):
+    """Nothing is spilled, shared memory suffices, and tokens are loaded 128 bits at a time."""
+    lines, broken = table(dtype, capability)
+    with capsys.disabled():
+        print(f"\n\nsm_{capability}, {dtype}\n\n{HEAD}", *lines, sep="\n")
+    assert broken == []
