@@ -3,13 +3,16 @@
 import functools
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_lse import LseBackend, Meeting, Meetings
+from .attention_lse_backends import PACKED
 from .dispatch import Operation
-from .optional import flash_attn
 
 
 @dataclass(eq=False)
@@ -32,6 +35,12 @@ class AttentionPlan:
     def cu_keys(self) -> Tensor:
         """(N+1,) int32, where each sample's keys start."""
         return _offsets(self.key_lengths, self.device)
+
+    @functools.cached_property
+    def meetings(self) -> Meetings:
+        """Where each sample's queries and keys are."""
+        starts = (pairwise((0, *accumulate(lengths))) for lengths in (self.query_lengths, self.key_lengths))
+        return tuple(Meeting(*queries, *keys) for queries, keys in zip(*starts, strict=True))
 
     @functools.cached_property
     def groups(self) -> list["_Group"]:
@@ -97,22 +106,31 @@ def attention(q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: AttentionPlan) 
     return torch.cat(outputs).to(q_thd.dtype)
 
 
-def _flash_attn_usable(q: Tensor) -> bool:
-    return q.is_cuda and len(q) > 0 and q.dtype in (torch.bfloat16, torch.float16) and flash_attn() is not None
+class _WithLse(torch.autograd.Function):
+    """A backend's forward pass, and its backward pass from the log-sum-exp that the forward pass kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: LseBackend, meetings: Meetings) -> Tensor:
+        out, lse = backend.forward(q, k, v, meetings)
+        out = out.to(q.dtype)
+        ctx.backend, ctx.meetings = backend, meetings
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors[:3]
+        grads = ctx.backend.backward(grad_out, *ctx.saved_tensors, ctx.meetings)
+        return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None
 
 
-@attention.implementation("flash_attn", usable=_flash_attn_usable)
-def flash_attn_varlen(q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: AttentionPlan) -> Tensor:
-    """flash-attn's packed kernel (arXiv 2307.08691)."""
-    return flash_attn().flash_attn_varlen_func(
-        q_thd,
-        k_shd,
-        v_shd,
-        plan.cu_queries,
-        plan.cu_keys,
-        max(plan.query_lengths),
-        max(plan.key_lengths),
-    )
+def with_lse(backend: LseBackend, q_thd: Tensor, k_shd: Tensor, v_shd: Tensor, plan: AttentionPlan) -> Tensor:
+    """Through one of the backends that ring attention has, so that both run on the same kernels."""
+    return _WithLse.apply(q_thd, k_shd, v_shd, backend, plan.meetings)
+
+
+for _backend in PACKED:  # those preferred first
+    attention.implementation(_backend.name, usable=_backend.usable)(functools.partial(with_lse, _backend))
 
 
 @attention.implementation("sdpa", usable=lambda q: True)

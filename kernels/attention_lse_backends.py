@@ -270,8 +270,8 @@ class _FlashAttn3(_Packed):
     def usable(self, q_qhe):
         return (
             super().usable(q_qhe)
-            and torch.cuda.get_device_capability(q_qhe.device)[0] == 9
             and optional.flash_attn_3() is not None
+            and torch.cuda.get_device_capability(q_qhe.device)[0] == 9
         )
 
     def _forward(self, q, k, v, part):
@@ -321,6 +321,8 @@ BACKENDS: tuple[LseBackend, ...] = (
     _Reference(),
 )
 """Those preferred first."""
+PACKED = tuple(backend for backend in BACKENDS if isinstance(backend, _Packed))
+"""Those that take samples of any lengths in one call, all on CUDA."""
 
 
 def lse_backend(q_qhe: Tensor, name: str | None = None) -> LseBackend:

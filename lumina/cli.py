@@ -119,6 +119,55 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument("shards", nargs="+", metavar="SHARDS")
     index.set_defaults(run=_data_index)
+
+    benchmark = verbs.add_parser(
+        "benchmark",
+        help="measure operations on this machine",
+        description="Measure on this machine; on a GPU if there is one.",
+        example="lumina benchmark kernels --hidden 4096",
+    )
+    subjects = benchmark.add_subparsers(dest="subject", required=True, metavar="WHAT", parser_class=_Parser)
+    fused = subjects.add_parser(
+        "kernels",
+        help="the fused operations, beside eager torch, torch.compile, Liger and apex",
+        description="Time each fused operation, forward and backward, with the bytes that it must move and the share "
+        "of the copy bandwidth that they make, beside eager torch, torch.compile and, where they are installed, "
+        "liger-kernel and apex.",
+        example="lumina benchmark kernels --only swiglu --hidden 4096 --out swiglu.json",
+    )
+    fused.add_argument("--only", nargs="+", metavar="NAME", help="operations, by name (default: all)")
+    fused.add_argument(
+        "--hidden", nargs="+", type=int, default=[1536, 3072, 4096], metavar="D", help="(default 1536 3072 4096)"
+    )
+    fused.add_argument(
+        "--against", nargs="+", metavar="NAME", help="lumina, torch, compile, liger, apex (default: all that are here)"
+    )
+    fused.set_defaults(run=_benchmark_kernels, default_tokens="4096 32768 131072; on a CPU 1024")
+    attention = subjects.add_parser(
+        "attention",
+        help="the attention backends, and rings of them in one process",
+        description="Time every attention backend that can run here, forward and backward, on one long sample, and "
+        "rings of 2, 4 and 8 blocks of the default one in this process; with errors against float64.",
+        example="lumina benchmark attention --head-dim 128 --tokens 131072",
+    )
+    attention.add_argument("--head-dim", nargs="+", type=int, default=[96, 128], metavar="E", help="(default 96 128)")
+    attention.add_argument("--heads", type=int, metavar="H", help="(default 32; on a CPU 4)")
+    attention.set_defaults(run=_benchmark_attention, default_tokens="4096 … 131072; on a CPU 2048")
+    for parser_of in (fused, attention):
+        tokens = parser_of.get_default("default_tokens")
+        parser_of.add_argument("--tokens", nargs="+", type=int, metavar="T", help=f"(default {tokens})")
+        parser_of.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
+        parser_of.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+        parser_of.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+
+    doctor = verbs.add_parser(
+        "doctor",
+        help="say what is installed, and which kernels run here",
+        description="Say what is installed, which devices there are, and what each operation runs on here.",
+        example="lumina doctor",
+    )
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -155,6 +204,24 @@ def _data_index(arguments: argparse.Namespace) -> None:
         task = progress.add_task("indexing", total=None)
         count = index_shards(arguments.shards, lambda done, total: progress.update(task, completed=done, total=total))
     print(f"{count:,} samples indexed")
+
+
+def _benchmark_kernels(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.kernels import benchmark_kernels
+
+    benchmark_kernels(arguments)
+
+
+def _benchmark_attention(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.attention import benchmark_attention
+
+    benchmark_attention(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from lumina.doctor import examine
+
+    examine(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

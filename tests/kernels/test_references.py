@@ -3,7 +3,6 @@
 import importlib
 import math
 import sys
-import types
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from lumina.kernels import (
     AttentionPlan,
     attention,
+    attention_lse_backends,
     gated_residual,
     layer_norm_modulate,
     optional,
@@ -19,9 +19,11 @@ from lumina.kernels import (
     rms_norm_modulate,
     swiglu,
 )
+from lumina.kernels.attention_lse_backends import lse_backend
 from lumina.kernels.dispatch import Operation
 from tests.kernels.plain import (
     assert_close_to_exact,
+    evaluated,
     numbers,
     plain_gated_sum,
     plain_layer_norm,
@@ -166,7 +168,11 @@ PLANS = {
     "unequal captions in one group": ((4, 4, 2), (1, 3, 2)),
     "a sample without queries": ((4, 0, 2), (4, 3, 2)),
 }
-IMPLEMENTATIONS = {"reference": attention.reference, "sdpa": attention_module.sdpa, "dispatched": attention}
+IMPLEMENTATIONS = {
+    "reference": attention.reference,
+    "sdpa": attention_module.sdpa,
+    "dispatched": attention,
+}
 
 
 def attention_case(name, heads=4, kv_heads=4, head_dim=8):
@@ -314,8 +320,8 @@ class OnGpu(torch.Tensor):
     is_cuda = True
 
 
-def on_gpu(dtype):
-    return torch.ones(2, dtype=dtype).as_subclass(OnGpu)
+def on_gpu(dtype, width=8):
+    return torch.ones(width, dtype=dtype).as_subclass(OnGpu)
 
 
 @pytest.fixture
@@ -377,42 +383,46 @@ def test_apex_with_fused_norms_is_used(packages):
 
 
 @pytest.mark.parametrize("source", ["", "raise ImportError('undefined symbol')"], ids=["version 1", "other build"])
-def test_a_flash_attn_that_cannot_be_used_is_passed_over(packages, source):
+def test_a_flash_attn_that_cannot_be_used_is_passed_over(packages, monkeypatch, source):
     packages("flash_attn", source)
     assert optional.flash_attn() is None
-    assert attention.chosen(on_gpu(torch.bfloat16)) == "sdpa"
+    monkeypatch.setattr(attention_lse_backends, "_cudnn_takes", lambda *_: False)
+    assert attention.chosen(on_gpu(torch.bfloat16)) == "flash"
 
 
-@pytest.fixture
-def flash(packages, monkeypatch):
-    """A flash_attn whose kernel is plain torch and keeps its last arguments."""
-
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert max_seqlen_q == cu_seqlens_q.diff().max()
-        assert max_seqlen_k == cu_seqlens_k.diff().max()
-        lengths = (tuple(cu.diff().tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
-        return plain_attention(q, k, v, AttentionPlan(*lengths, q.device))
-
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    optional.flash_attn.cache_clear()
-    return module
-
-
-def test_flash_attn_is_preferred_where_it_can_run(flash):
-    assert optional.flash_attn() is flash
-    assert attention.chosen(on_gpu(torch.bfloat16)) == "flash_attn"
-    assert attention.chosen(on_gpu(torch.float16)) == "flash_attn"
-    assert attention.chosen(on_gpu(torch.float32)) == "sdpa"
-    assert attention.chosen(torch.ones(2, dtype=torch.bfloat16)) == "sdpa"
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "cudnn", "name"),
+    [
+        (torch.bfloat16, 96, True, "cudnn"),
+        (torch.bfloat16, 96, False, "flash"),
+        (torch.float16, 48, False, "flash"),
+        (torch.float32, 96, True, "sdpa"),
+        (torch.bfloat16, 12, True, "sdpa"),
+    ],
+)
+def test_attention_runs_on_what_the_ring_runs_on(monkeypatch, dtype, head_dim, cudnn, name):
+    """... on CUDA, where samples of any lengths take one call."""
+    monkeypatch.setattr(attention_lse_backends, "_cudnn_takes", lambda *_: cudnn)
+    x = on_gpu(dtype, head_dim)
+    assert attention.chosen(x) == name
+    if name != "sdpa":
+        assert lse_backend(x).name == name
 
 
+REFERENCE_BACKEND = next(b for b in attention_lse_backends.BACKENDS if b.name == "reference")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.usefixtures("flash")
-def test_flash_attn_gets_the_same_problem(name):
-    for kv_heads in (4, 2):
-        inputs, plan = attention_case(name, kv_heads=kv_heads)
-        ours = attention_module.flash_attn_varlen(*inputs, plan)
-        torch.testing.assert_close(ours, attention.reference(*inputs, plan), atol=1e-5, rtol=1e-5)
+def test_attention_of_a_pack_with_lse(name, kv_heads):
+    inputs, plan = attention_case(name, kv_heads=kv_heads)
+    inputs = [x.double() for x in inputs]
+    ours = evaluated(lambda *a: attention_module.with_lse(REFERENCE_BACKEND, *a, plan), inputs)
+    theirs = evaluated(lambda *a: plain_attention(*a, plan), inputs)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_meetings_of_a_plan():
+    plan = AttentionPlan((5, 0, 3), (2, 4, 1), torch.device("cpu"))
+    assert plan.meetings == ((0, 5, 0, 2), (5, 5, 2, 6), (5, 8, 6, 7))

@@ -283,7 +283,13 @@ def test_version(results):
 
 @pytest.mark.parametrize(
     "verb",
-    [[], ["train"], ["sample"], ["data"], ["data", "digits"], ["data", "index"]],
+    [
+        verb.split()
+        for verb in (
+            *("", "train", "sample", "data", "data digits", "data index"),
+            *("benchmark", "benchmark kernels", "benchmark attention", "doctor"),
+        )
+    ],
     ids=lambda verb: "-".join(verb),
 )
 def test_help_has_an_example(verb, capsys):
@@ -311,7 +317,7 @@ def test_the_examples_are_understood():
                     yield from parsers(child)
 
     examples = [p.epilog.split("\n  ")[1] for p in parsers(_parser())]
-    assert len(examples) == 6
+    assert len(examples) == 10
     for example in examples:
         for command in example.split("&&"):
             words = shlex.split(command)

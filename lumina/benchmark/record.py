@@ -1,0 +1,114 @@
+"""What every record of measurements says about itself, and how it is written."""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "flash-attn", "apex", "liger-kernel", "numpy")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; unless one is named, a GPU if there is one.
+
+    Raises:
+        ValueError: for one that is not here.
+    """
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device is {name}; measured is on cuda or cpu")
+    return device
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Date, hardware, versions and command."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": hardware(device),
+        "python": platform.python_version(),
+        "packages": versions(),
+        "command": shlex.join(["lumina", *sys.argv[1:]]),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """In words."""
+    if device.type == "cpu":
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+    found = torch.cuda.get_device_properties(device)
+    return (
+        f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors, "
+        f"sm_{found.major}{found.minor}, CUDA {torch.version.cuda}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not on Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or f"{os.cpu_count()} processors"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed, of those that matter."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def heading(facts: dict[str, Any]) -> str:
+    """Markdown."""
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    return f"{facts['date']}, {facts['device']}. Python {facts['python']}, {packages}.\n\n    {facts['command']}\n"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown, aligned so that it reads as text."""
+    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def check_writable(path: str | None) -> None:
+    """Refuse a place for results before anything is measured.
+
+    Raises:
+        ValueError: if `path` is there, or its folder is not.
+    """
+    if path is None:
+        return
+    if Path(path).exists():
+        raise ValueError(f"--out {path} exists; name a file that does not")
+    if not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {Path(path).resolve().parent}")
+
+
+def write_json(path: str, facts: dict[str, Any], rows: Sequence[Any]) -> None:
+    """The facts, and the rows (dataclasses) under "rows"."""
+    content = facts | {"rows": [dataclasses.asdict(row) for row in rows]}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
