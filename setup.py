@@ -54,6 +54,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "import-linter>=2.1",
+            "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
         ],
     },
     entry_points={"console_scripts": ["lumina = lumina.cli:main"]},

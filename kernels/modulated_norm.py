@@ -15,6 +15,8 @@ from . import triton_support
 from .triton_support import block_of, first_row_from, jit, rows, tl
 
 FORWARD_CHUNK = 8
+STAGES = 3
+"""Tokens whose rows are on their way while one is worked on, and that one."""
 SUM_COLUMNS, SUM_ROWS = 32, 64
 
 
@@ -41,6 +43,7 @@ def modulated_norm_forward(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     CENTRED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -55,7 +58,7 @@ def modulated_norm_forward(
         shift = tl.load(shift_ptr + sample * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if y_ptr is not None:
             gate = tl.load(gate_ptr + sample * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        for token in tl.range(row, end):
+        for token in tl.range(row, end, num_stages=STAGES):
             x = tl.load(x_ptr + token * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
             if y_ptr is not None:
                 y = tl.load(y_ptr + token * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -215,7 +218,8 @@ def forward(
     out = torch.empty((tokens, width), dtype=result_dtype(x, scale, shift), device=x.device)
     moments = torch.empty((1 + centred, tokens), dtype=torch.float32, device=x.device)
     if tokens:
-        chunk = min(FORWARD_CHUNK, tokens)
+        warps = max(1, min(8, block_of(width) // (512 if y is None else 256)))
+        chunk = _forward_chunk(x, 16 // warps)
         triton_support.launch(
             modulated_norm_forward,
             (-(-tokens // chunk),),
@@ -240,9 +244,16 @@ def forward(
             WIDTH=width,
             BLOCK=block_of(width),
             CENTRED=centred,
-            warps=max(1, min(8, block_of(width) // (512 if y is None else 256))),
+            STAGES=STAGES,
+            warps=warps,
         )
     return summed, out, moments
+
+
+def _forward_chunk(x_td: Tensor, programs_each: int) -> int:
+    """The tokens of a program: few, so that programs end evenly, unless a few more let all programs run at once."""
+    at_once = -(-len(x_td) // triton_support.programs_at_once(x_td, programs_each))
+    return at_once if at_once <= 2 * FORWARD_CHUNK else FORWARD_CHUNK
 
 
 def backward(
@@ -292,7 +303,7 @@ def backward(
             WIDTH=width,
             BLOCK=block_of(width),
             CENTRED=len(moments_mt) == 2,
-            STAGES=3,
+            STAGES=STAGES,
             warps=warps,
         )
     grad_scale = torch.empty_like(scale, memory_format=contiguous)

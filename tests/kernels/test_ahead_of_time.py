@@ -65,7 +65,7 @@ HEAD = (
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (80, torch.float32)],
+    [(capability, dtype) for dtype in (torch.bfloat16, torch.float32) for capability in (80, 90, 100)],
 )
 def test_what_kernels_cost(capability, dtype, capsys):
     """Nothing is spilled, shared memory suffices, and tokens are loaded 128 bits at a time."""
