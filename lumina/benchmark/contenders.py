@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from lumina.kernels.optional import apex_layer_norm
 from lumina.kernels.qk_norm_rope import LAYER_NORM_EPS
@@ -35,6 +36,7 @@ def compiles(device: torch.device) -> bool:
 
 def compiled(function: Contender) -> Contender:
     """`function` by torch.compile, for one set of shapes."""
+    functorch.donated_buffer = False  # or a backward pass could not be repeated
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
