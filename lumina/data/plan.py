@@ -114,6 +114,10 @@ class Plan:
         self._stage_of = stage_of
         self._live: tuple[DataState, int, list[Lane]] | None = None
 
+    def tokens_of(self, ids: np.ndarray, step: int) -> np.ndarray:
+        """Lengths in tokens, (n,), of samples (n,) as they are planned in `step`."""
+        return self._tokens_of(ids, step)
+
     def start(self, index_hash: str) -> DataState:
         """The beginning of the stream."""
         return DataState.start(index_hash, self.lanes, self.sets)

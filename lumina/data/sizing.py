@@ -107,6 +107,11 @@ class Sizing:
         return View(height, width, frames, resize, down, across, flip, start, self.frame_step)
 
 
+    def crop(self, sample: PlannedSample) -> float:
+        """Which of the crops that were encoded beforehand, in [0, 1)."""
+        return float(random_words(1, "crop", self.seed, sample.sample_id, sample.epoch, sample.occurrence)[0] / _WORD)
+
+
 def shapes_of(rows: Sequence[tuple[int, int, int, int]]) -> Shapes:
     """From (kind, height, width, frames) rows."""
     return Shapes(*np.array(rows, np.int64).reshape(-1, 4).T)

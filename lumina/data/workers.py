@@ -12,17 +12,45 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lumina.data.decode import BadSampleError, decode
+from lumina.data.decode import (
+    BadSampleError,
+    View,
+    caption_of,
+    decode_view,
+    label_of,
+    load_latent,
+    load_text_features,
+    parse_json,
+)
 from lumina.data.index import ShardReader
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of a sample: a view of its picture or video, or, without one, a crop of its latents.
+
+    crop: in [0, 1): which of the crops.
+    """
+
+    sample_id: int
+    view: View | None
+    crop: float = 0.0
 
 
 @dataclass
 class RawSample:
-    """A decoded sample on its way between processes: `pixels` float32 (frames, channels, height, width)."""
+    """A decoded sample on its way between processes.
+
+    pixels: float32 (frames, channels, height, width); None where there are latents.
+    latent: mean and deviation of the posterior, (frames, 2·channels, rows, columns).
+    text: caption features (tokens, width), where they were made beforehand.
+    """
 
     # numpy, not torch: tensors would travel by shared memory, of which containers have little, and by a file
     # descriptor each, of which a pack of many samples needs more than a process may open.
-    pixels: np.ndarray
+    pixels: np.ndarray | None
+    latent: np.ndarray | None
+    text: np.ndarray | None
     caption: str | None
     label: int | None
 
@@ -33,18 +61,24 @@ class PackDecoder:
 
     reader: ShardReader
     channels: int
-    multiple: int
 
-    def __call__(self, sample_ids: list[int]) -> list[RawSample | str]:
-        """RawSample or reason for each id; `ValueError` if a shard is gone."""
-        return [self._one(sample_id) for sample_id in sample_ids]
+    def __call__(self, requests: list[Request]) -> list[RawSample | str]:
+        """RawSample or reason for each; `ValueError` if a shard is gone."""
+        return [self._one(request) for request in requests]
 
-    def _one(self, sample_id: int) -> RawSample | str:
+    def _one(self, request: Request) -> RawSample | str:
         try:
-            decoded = decode(self.reader.read(sample_id), channels=self.channels, multiple=self.multiple)
+            members = self.reader.read(request.sample_id)
+            text = load_text_features(members)
+            if request.view is not None:
+                decoded = decode_view(members, request.view, self.channels)
+                return RawSample(decoded.pixels.numpy(), None, text, decoded.caption, decoded.label)
+            crops = load_latent(members)
+            fields = parse_json(members)
+            latent = crops[int(request.crop * len(crops))]
+            return RawSample(None, latent, text, caption_of(members, fields), label_of(fields))
         except BadSampleError as error:
             return str(error)
-        return RawSample(decoded.pixels.numpy(), decoded.caption, decoded.label)
 
 
 @dataclass(frozen=True)
@@ -60,16 +94,18 @@ class _Packs(Dataset):
     def __init__(self, decoder: PackDecoder) -> None:
         self.decoder = decoder
 
-    def __getitem__(self, sample_ids: list[int]) -> list[RawSample | str] | _Failure:
+    def __getitem__(self, requests: list[Request]) -> list[RawSample | str] | _Failure:
         # torch would pack any exception into a page of traceback; the trainer is told in a sentence.
         try:
-            return self.decoder(sample_ids)
+            return self.decoder(requests)
         except Exception as error:  # noqa: BLE001 - nothing is swallowed: it is raised again in the trainer
             return _Failure(str(error), traceback.format_exc(), isinstance(error, ValueError))
 
 
-def decoded_in_order(decoder: PackDecoder, packs: Iterable[list[int]], workers: int) -> Iterator[list[RawSample | str]]:
-    """Decode `packs` (lists of sample ids) one after another, `workers` processes running up to two packs ahead each.
+def decoded_in_order(
+    decoder: PackDecoder, packs: Iterable[list[Request]], workers: int
+) -> Iterator[list[RawSample | str]]:
+    """Decode `packs` one after another, `workers` processes running up to two packs ahead each.
 
     Raises:
         ValueError: a shard cannot be read.
