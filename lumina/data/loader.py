@@ -199,9 +199,7 @@ class Loader:
             return None
         pixels, latent, text = (None if x is None else torch.from_numpy(x) for x in (raw.pixels, raw.latent, raw.text))
         key = self._index.key(place.sample_id)
-        return Sample(
-            place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, latent, text
-        )
+        return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, latent, text)
 
     def _count_bad(self, place: PlannedSample, reason: str) -> None:
         if place.sample_id in self._bad:

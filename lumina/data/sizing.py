@@ -1,7 +1,6 @@
 """What size samples are trained at: from a picture's or video's own size to that of its view, stage by stage."""
 
 import bisect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ from lumina.data.order import random_words
 
 IMAGE, VIDEO, AUDIO, LATENT = range(4)
 KINDS = ("image", "video", "audio", "latent")
-_WORD = 2.0**64
 
 
 class Shapes(NamedTuple):
@@ -99,19 +97,18 @@ class Sizing:
         flip = False
         if self.random_crop or self.flip:
             identity = (self.seed, sample.sample_id, sample.epoch, sample.occurrence)
-            draws = (random_words(4, "view", *identity) / _WORD).tolist()
+            draws = _uniform(4, "view", *identity)
             if self.random_crop:
                 down, across, start = draws[:3]
             flip = self.flip and draws[3] < 0.5
         resize = self.stages[stage].resolution is not None
         return View(height, width, frames, resize, down, across, flip, start, self.frame_step)
 
-
     def crop(self, sample: PlannedSample) -> float:
         """Which of the crops that were encoded beforehand, in [0, 1)."""
-        return float(random_words(1, "crop", self.seed, sample.sample_id, sample.epoch, sample.occurrence)[0] / _WORD)
+        return _uniform(1, "crop", self.seed, sample.sample_id, sample.epoch, sample.occurrence)[0]
 
 
-def shapes_of(rows: Sequence[tuple[int, int, int, int]]) -> Shapes:
-    """From (kind, height, width, frames) rows."""
-    return Shapes(*np.array(rows, np.int64).reshape(-1, 4).T)
+def _uniform(count: int, purpose: str, *key: int) -> list[float]:
+    """Numbers in [0, 1)."""
+    return ((random_words(count, purpose, *key) >> np.uint64(11)) / 2.0**53).tolist()

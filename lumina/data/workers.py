@@ -21,6 +21,7 @@ from lumina.data.decode import (
     load_latent,
     load_text_features,
     parse_json,
+    probe,
 )
 from lumina.data.index import ShardReader
 
@@ -71,6 +72,9 @@ class PackDecoder:
             members = self.reader.read(request.sample_id)
             text = load_text_features(members)
             if request.view is not None:
+                if request.view.height == 0:
+                    probe(members)  # its header may be what is wrong
+                    raise BadSampleError("picture is smaller than one patch")
                 decoded = decode_view(members, request.view, self.channels)
                 return RawSample(decoded.pixels.numpy(), None, text, decoded.caption, decoded.label)
             crops = load_latent(members)

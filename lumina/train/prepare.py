@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,9 +26,29 @@ class TrainingSample(Protocol):
     epoch: int
     occurrence: int
     key: str
-    pixels: Tensor
+    pixels: Tensor | None
     caption: str | None
     label: int | None
+    latent: Tensor | None
+    text: Tensor | None
+
+
+class Identity(NamedTuple):
+    """All that random draws need of a sample."""
+
+    sample_id: int
+    epoch: int
+    occurrence: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Samples as the encoders leave them, whole: the same for all ranks that work on them."""
+
+    identities: tuple[Identity, ...]
+    latents: list[Float[Tensor, "f c h w"]]
+    captions: Captions | None
+    labels: Int[Tensor, "n"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +94,21 @@ class Preparer:
         self._caption_dropout, self._mesh, self._device = caption_dropout, mesh, mesh.device
 
     def __call__(self, samples: Sequence[TrainingSample]) -> TrainingPack:
+        """`encode`, then `pack`."""
+        return self.pack(self.encode(samples))
+
+    def encode(self, samples: Sequence[TrainingSample]) -> Encoded:
         """
         Raises:
             ValueError: for a sample without the caption or label that the model is conditioned on, by key.
         """
-        latents = [self._latents(sample) for sample in samples]
+        captions, labels = self._conditions(samples)
+        identities = tuple(Identity(sample.sample_id, sample.epoch, sample.occurrence) for sample in samples)
+        return Encoded(identities, [self._latents(sample) for sample in samples], captions, labels)
+
+    def pack(self, encoded: Encoded) -> TrainingPack:
+        """This rank's part of a forward pass over these samples."""
+        samples, latents = encoded.identities, encoded.latents
         shapes = [tuple(latent.shape) for latent in latents]
         noise = [self._randomness.normal("noise", sample, shape) for sample, shape in zip(samples, shapes, strict=True)]
         u = torch.tensor([self._randomness.uniform("time", sample) for sample in samples], dtype=torch.float64)
@@ -86,7 +116,6 @@ class Preparer:
         t = self._objective.draw_times(u.clamp_min(2.0**-54)).to(self._device, torch.float32)
         layout = layout_of(shapes, self._model.patch_size, self._model.text_conditional, self._device)
         stretch = stretch_of(layout, self._mesh)
-        captions, labels = self._conditions(samples)
         noise = pack([values.to(self._device) for values in noise], layout)
         return TrainingPack(
             data=pack(latents, layout)[stretch.start : stretch.stop],
@@ -94,8 +123,8 @@ class Preparer:
             t=t,
             layout=layout,
             stretch=stretch,
-            captions=captions,
-            labels=labels,
+            captions=encoded.captions,
+            labels=encoded.labels,
         )
 
     def _latents(self, sample: TrainingSample) -> Float[Tensor, "f c h w"]:
