@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,8 @@ class Sample:
     (sample_id, epoch, occurrence) names this place in the stream; occurrence is above 0 for a replacement.
 
     latent: mean and deviation of the autoencoder's posterior, where `lumina data encode` made it beforehand.
-    text: caption features, where they were made beforehand.
+    text, null_text: features of the caption and of the empty one, where they were made beforehand.
+    encoders: what made them, in words: "vae" and "text".
     """
 
     sample_id: int
@@ -38,6 +39,8 @@ class Sample:
     label: int | None
     latent: Float[Tensor, "f c2 rows columns"] | None = None
     text: Float[Tensor, "l width"] | None = None
+    null_text: Float[Tensor, "k width"] | None = None
+    encoders: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -197,8 +200,9 @@ class Loader:
         if isinstance(raw, str):
             self._count_bad(place, raw)
             return None
-        pixels, latent, text = (None if x is None else torch.from_numpy(x) for x in (raw.pixels, raw.latent, raw.text))
-        key = self._index.key(place.sample_id)
+        arrays = (raw.pixels, raw.latent, raw.text, raw.null_text)
+        pixels, latent, text, null = (None if x is None else torch.from_numpy(x) for x in arrays)
+        key, made = self._index.key(place.sample_id), (latent, text, null, raw.encoders)
         return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, latent, text)
 
     def _count_bad(self, place: PlannedSample, reason: str) -> None:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
@@ -26,6 +26,10 @@ from lumina.data.decode import (
 from lumina.data.index import ShardReader
 
 
+NULL_TEXT = "text.null.npy"
+"""The member with the features of the empty caption."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What is wanted of a sample: a view of its picture or video, or, without one, a crop of its latents.
@@ -44,7 +48,8 @@ class RawSample:
 
     pixels: float32 (frames, channels, height, width); None where there are latents.
     latent: mean and deviation of the posterior, (frames, 2·channels, rows, columns).
-    text: caption features (tokens, width), where they were made beforehand.
+    text, null_text: features (tokens, width) of the caption and of the empty one, where they were made beforehand.
+    encoders: which autoencoder and text encoder made them, in words.
     """
 
     # numpy, not torch: tensors would travel by shared memory, of which containers have little, and by a file
@@ -52,8 +57,10 @@ class RawSample:
     pixels: np.ndarray | None
     latent: np.ndarray | None
     text: np.ndarray | None
+    null_text: np.ndarray | None
     caption: str | None
     label: int | None
+    encoders: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,30 @@ class PackDecoder:
     def _one(self, request: Request) -> RawSample | str:
         try:
             members = self.reader.read(request.sample_id)
-            text = load_text_features(members)
+            fields = parse_json(members)
+            texts = (load_text_features(members), None)
+            if texts[0] is not None:
+                if NULL_TEXT not in members:
+                    raise BadSampleError(f"features of the caption (.text.npy) without .{NULL_TEXT}, of the empty one")
+                texts = (texts[0], load_text_features({"text.npy": members[NULL_TEXT]}))
+            said = (caption_of(members, fields), label_of(fields), _encoders(fields))
             if request.view is not None:
                 if request.view.height == 0:
                     probe(members)  # its header may be what is wrong
                     raise BadSampleError("picture is smaller than one patch")
                 decoded = decode_view(members, request.view, self.channels)
-                return RawSample(decoded.pixels.numpy(), None, text, decoded.caption, decoded.label)
+                return RawSample(decoded.pixels.numpy(), None, *texts, *said)
             crops = load_latent(members)
-            fields = parse_json(members)
-            latent = crops[int(request.crop * len(crops))]
-            return RawSample(None, latent, text, caption_of(members, fields), label_of(fields))
+            return RawSample(None, crops[int(request.crop * len(crops))], *texts, *said)
         except BadSampleError as error:
             return str(error)
+
+
+def _encoders(fields: Mapping[str, object]) -> dict[str, str | None]:
+    encoders = fields.get("encoders", {})
+    if not isinstance(encoders, dict) or not all(isinstance(name, str | None) for name in encoders.values()):
+        raise BadSampleError(f'"encoders" in .json must be an object of names, not {encoders!r:.100}')
+    return encoders
 
 
 @dataclass(frozen=True)

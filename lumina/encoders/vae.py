@@ -70,20 +70,32 @@ class Vae(ABC):
         Raises:
             ValueError: for pixels or noise of another shape, or sides that are not multiples of `factor`.
         """
+        mean, deviation = self.moments(pixels)
+        if noise is None:
+            return mean
+        if noise.shape != mean.shape:
+            expected = tuple(mean.shape)
+            raise ValueError(f"the noise for these pixels has the latents' shape {expected}, not {tuple(noise.shape)}")
+        return mean + deviation * noise.to(self._device, torch.float32)
+
+    def moments(
+        self, pixels: Float[Tensor, "n pixel_channels height width"]
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+        """Mean and standard deviation of the scaled latents, float32.
+
+        Raises:
+            ValueError: for pixels of another shape, or sides that are not multiples of `factor`.
+        """
         if pixels.ndim != 4 or pixels.shape[1] != self.pixel_channels or not pixels.is_floating_point():
             raise ValueError(
                 f"the autoencoder takes floating-point pixels (N, {self.pixel_channels}, H, W) in [-1, 1], "
                 f"not {pixels.dtype} {tuple(pixels.shape)}"
             )
-        expected = (pixels.shape[0], *self.latent_shape(pixels.shape[2], pixels.shape[3]))
-        if noise is not None and tuple(noise.shape) != expected:
-            raise ValueError(f"the noise for these pixels has the latents' shape {expected}, not {tuple(noise.shape)}")
+        self.latent_shape(pixels.shape[2], pixels.shape[3])
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            mean, std = self._posterior(pixels.to(self._device, self._dtype))
-            z = mean.float()
-            if noise is not None:
-                z = z + std * noise.to(self._device, torch.float32)
-            return (z - self._shift) * self._scale
+            mean, deviation = self._posterior(pixels.to(self._device, self._dtype))
+            mean = (mean.float() - self._shift) * self._scale
+            return mean, torch.zeros_like(mean) + deviation * self._scale
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n pixel_channels height width"]:
         """Pixels, float32, clamped to [-1, 1], of scaled latents.

@@ -128,12 +128,27 @@ class Preparer:
         )
 
     def _latents(self, sample: TrainingSample) -> Float[Tensor, "f c h w"]:
+        if sample.latent is not None:
+            return self._drawn_from(sample, sample.latent)
         pixels = sample.pixels.to(self._device)
         shape = (len(pixels), *self._vae.latent_shape(*pixels.shape[-2:]))
         noise = None
         if self._vae.factor > 1:  # pixels themselves have no posterior to draw from
             noise = self._randomness.normal("posterior", sample, shape).to(self._device)
         return self._vae.encode(pixels, noise)
+
+    def _drawn_from(self, sample: TrainingSample, moments: Tensor) -> Float[Tensor, "f c h w"]:
+        """Latents out of the posterior that was encoded beforehand."""
+        _same_encoder(sample, "vae", self._vae.describe())
+        mean, deviation = moments.to(self._device, torch.float32).chunk(2, dim=1)
+        if mean.shape[1] != self._vae.latent_channels:
+            raise ValueError(
+                f"sample {sample.key} holds latents of {mean.shape[1]} channels; model.in_channels="
+                f"{self._vae.latent_channels}"
+            )
+        if self._vae.factor == 1:
+            return mean
+        return mean + deviation * self._randomness.normal("posterior", sample, tuple(mean.shape)).to(self._device)
 
     def _conditions(self, samples: Sequence[TrainingSample]) -> tuple[Captions | None, Int[Tensor, "n"] | None]:
         dropped = [self._randomness.uniform("caption dropout", sample) < self._caption_dropout for sample in samples]
