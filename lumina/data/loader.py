@@ -203,7 +203,7 @@ class Loader:
         arrays = (raw.pixels, raw.latent, raw.text, raw.null_text)
         pixels, latent, text, null = (None if x is None else torch.from_numpy(x) for x in arrays)
         key, made = self._index.key(place.sample_id), (latent, text, null, raw.encoders)
-        return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, latent, text)
+        return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, *made)
 
     def _count_bad(self, place: PlannedSample, reason: str) -> None:
         if place.sample_id in self._bad:

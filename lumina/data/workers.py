@@ -25,7 +25,6 @@ from lumina.data.decode import (
 )
 from lumina.data.index import ShardReader
 
-
 NULL_TEXT = "text.null.npy"
 """The member with the features of the empty caption."""
 

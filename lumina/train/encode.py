@@ -26,7 +26,7 @@ _AT_ONCE = 16
 
 
 class ShardEncoder:
-    """Encodes shards one by one, each into one shard of its own, so that any ranks can share the work and go on with it.
+    """Encodes shards one by one, each into a shard of its own, so that any ranks can share the work and go on with it.
 
     Args:
         crops: of each sample, so many views: the n-th drawn as in epoch n.

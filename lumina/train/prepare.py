@@ -31,6 +31,8 @@ class TrainingSample(Protocol):
     label: int | None
     latent: Tensor | None
     text: Tensor | None
+    null_text: Tensor | None
+    encoders: dict[str, str | None]
 
 
 class Identity(NamedTuple):
@@ -153,15 +155,29 @@ class Preparer:
     def _conditions(self, samples: Sequence[TrainingSample]) -> tuple[Captions | None, Int[Tensor, "n"] | None]:
         dropped = [self._randomness.uniform("caption dropout", sample) < self._caption_dropout for sample in samples]
         if self._text is not None:
-            captions = [
-                "" if drop else _required(sample, sample.caption, "caption")
-                for sample, drop in zip(samples, dropped, strict=True)
-            ]
-            features, mask = self._text(captions)
-            return Captions.from_padded(features.to(self._device), mask.to(self._device)), None
+            features = self._features(samples, dropped)
+            return Captions.of(torch.cat(features), tuple(map(len, features))), None
         none = self._model.num_classes
         labels = [none if drop else self._label(sample) for sample, drop in zip(samples, dropped, strict=True)]
         return None, torch.tensor(labels, device=self._device)
+
+    def _features(self, samples: Sequence[TrainingSample], dropped: Sequence[bool]) -> list[Float[Tensor, "l width"]]:
+        """Of each sample's caption, or of the empty one where it is dropped: made beforehand, or now."""
+        features: dict[int, Tensor] = {}
+        captions: dict[int, str] = {}
+        for i, (sample, drop) in enumerate(zip(samples, dropped, strict=True)):
+            if sample.text is None:
+                captions[i] = "" if drop else _required(sample, sample.caption, "caption")
+                continue
+            _same_encoder(sample, "text", self._text.describe())
+            features[i] = (sample.null_text if drop else sample.text).to(self._device, torch.float32)
+            width = features[i].shape[1]
+            if width != self._text.width:
+                raise ValueError(f"sample {sample.key} holds features {width} wide, not {self._text.width}")
+        if captions:
+            padded, mask = (x.to(self._device) for x in self._text(list(captions.values())))
+            features |= {i: of[here.bool()] for i, of, here in zip(captions, padded, mask, strict=True)}
+        return [features[i] for i in range(len(samples))]
 
     def _label(self, sample: TrainingSample) -> int:
         label = _required(sample, sample.label, "label")
@@ -171,6 +187,16 @@ class Preparer:
                 f"0 to {self._model.num_classes - 1}"
             )
         return label
+
+
+def _same_encoder(sample: TrainingSample, which: str, ours: str) -> None:
+    """Refuse what another encoder made; "none" takes what there is."""
+    theirs = sample.encoders.get(which)
+    if not ours.startswith("none") and theirs is not None and theirs != ours:
+        raise ValueError(
+            f"sample {sample.key} was encoded with {theirs}, but the run's {which} is {ours}; name that one, or encode "
+            "the data again"
+        )
 
 
 def _required(sample: TrainingSample, value, what: str):
