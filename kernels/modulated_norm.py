@@ -277,7 +277,8 @@ def backward(
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous)
     grad_y = None if y is None else torch.empty_like(y, memory_format=contiguous)
-    warps = max(1, min(16, block_of(width) // (512 if y is None else 256)))
+    half = x.element_size() == 2 and y is None  # otherwise registers spill
+    warps = max(1, min(16, block_of(width) // (512 if half else 256)))
     chunk, partial = partial_sums(x, samples, 2 if y is None else 3, 16 // warps)  # as many programs as fit
     if tokens:
         triton_support.launch(
