@@ -4,7 +4,7 @@ Every operation is called through one dispatcher (`lumina.kernels.dispatch`), wh
 implementation that can run on the tensors at hand.
 """
 
-from .attention import AttentionPlan, attention
+from .attention import AttentionPlan, attention, with_lse
 from .gated_residual import gated_residual
 from .gated_residual_norm import gated_residual_norm
 from .layer_norm_modulate import layer_norm_modulate
@@ -24,4 +24,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_modulate",
     "swiglu",
+    "with_lse",
 ]

@@ -119,8 +119,9 @@ class _WithLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors[:3]
-        grads = ctx.backend.backward(grad_out, *ctx.saved_tensors, ctx.meetings)
+        saved = ctx.saved_tensors  # once: recomputation gives them a single time
+        q, k, v = saved[:3]
+        grads = ctx.backend.backward(grad_out, *saved, ctx.meetings)
         return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None
 
 

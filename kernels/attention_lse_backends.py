@@ -14,10 +14,12 @@ from torch import Tensor
 
 from . import optional
 from .attention_lse import LseBackend, Part, sum_dtype
+from .dispatch import REFERENCE_FORCED
 
 _HALF = (torch.bfloat16, torch.float16)
-# cuDNN builds a graph for each new pair of lengths, which takes 0.04 to 0.4 s: only long blocks make up for it.
-CUDNN_MIN_PAIRS = 2**24
+# cuDNN builds a graph for each new pair of lengths, which takes 0.04 to 0.4 s: only long blocks make up for it. (Where
+# it begins to pay has not been measured.)
+CUDNN_MIN_ROWS = 1024
 
 
 class _Batched(LseBackend):
@@ -70,7 +72,13 @@ class _Packed(LseBackend):
 
     def usable(self, q_qhe):
         head_dim = q_qhe.shape[-1]
-        return q_qhe.is_cuda and q_qhe.dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256
+        fits = q_qhe.dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256
+        return q_qhe.is_cuda and fits and _since_ampere(q_qhe.device)
+
+
+@functools.cache
+def _since_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Reference(_Batched):
@@ -170,11 +178,12 @@ class _Cudnn(_Flash):
     name = "cudnn"
 
     def usable(self, q_qhe):
-        return super().usable(q_qhe) and _cudnn_takes(q_qhe.shape[-1], q_qhe.dtype, q_qhe.device)
+        settings = (torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
+        return super().usable(q_qhe) and _cudnn_takes(q_qhe.shape[-1], q_qhe.dtype, q_qhe.device, settings)
 
     @staticmethod
     def _takes(part: Part) -> bool:
-        return len(part.q_lengths) == 1 and part.q_lengths[0] * part.k_lengths[0] >= CUDNN_MIN_PAIRS
+        return len(part.q_lengths) == 1 and min(part.q_lengths[0], part.k_lengths[0]) >= CUDNN_MIN_ROWS
 
     def _forward(self, q, k, v, part):
         if not self._takes(part):
@@ -211,7 +220,8 @@ class _Cudnn(_Flash):
 
 
 @functools.cache
-def _cudnn_takes(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _cudnn_takes(head_dim: int, dtype: torch.dtype, device: torch.device, settings: tuple[bool, bool]) -> bool:
+    # `settings` may change the answer.
     x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
     params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
     return torch.backends.cuda.can_use_cudnn_attention(params)
@@ -326,14 +336,14 @@ PACKED = tuple(backend for backend in BACKENDS if isinstance(backend, _Packed))
 
 
 def lse_backend(q_qhe: Tensor, name: str | None = None) -> LseBackend:
-    """The backend of this name, or the fastest that runs on such queries.
+    """The backend of this name, or the fastest that runs on such queries; under LUMINA_KERNELS=reference, that.
 
     Raises:
         ValueError: for a name that is unknown, or whose backend cannot run on them.
     """
     usable = [backend for backend in BACKENDS if backend.usable(q_qhe)]
     if name is None:
-        return usable[0]
+        return usable[-1] if REFERENCE_FORCED else usable[0]
     for backend in usable:
         if backend.name == name:
             return backend

@@ -25,11 +25,17 @@ class Operation:
     The first positional argument decides: an implementation is taken when its `usable` says yes to it.
     """
 
-    def __init__(self, reference: Callable):
+    def __init__(self, reference: Callable, check: Callable | None = None):
         self.name = reference.__name__
         self.reference = reference
+        self._check = check
         self._implementations: list[tuple[str, Callable[[Tensor], bool], Callable]] = []
         functools.update_wrapper(self, reference)
+
+    @staticmethod
+    def checked(check: Callable) -> Callable[[Callable], "Operation"]:
+        """An operation of whose arguments `check` raises ValueError unless they fit together."""
+        return lambda reference: Operation(reference, check)
 
     def implementation(self, name: str, usable: Callable[[Tensor], bool]) -> Callable[[Callable], Callable]:
         """Register a faster implementation under `name`; those registered first are preferred."""
@@ -50,6 +56,8 @@ class Operation:
         return self._choice(tensor)[0]
 
     def __call__(self, tensor: Tensor, *args, **kwargs):
+        if self._check is not None:
+            self._check(tensor, *args, **kwargs)
         return self._choice(tensor)[1](tensor, *args, **kwargs)
 
     def _choice(self, tensor: Tensor) -> tuple[str, Callable]:

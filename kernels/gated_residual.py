@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import triton_support
+from .checks import expect_pack
 from .dispatch import Operation
 from .modulated_norm import launch_sum, partial_sums
 from .reference import gated_sum, sum_of_samples, wide
@@ -81,7 +82,11 @@ def gated_residual_backward(
         row = end
 
 
-@Operation
+def _check(x_td: Tensor, gate_nd: Tensor, y_td: Tensor, sample_id_t: Tensor) -> None:
+    expect_pack(x_td, sample_id_t, {"y": y_td}, {"gate": gate_nd})
+
+
+@Operation.checked(_check)
 def gated_residual(x_td: Tensor, gate_nd: Tensor, y_td: Tensor, sample_id_t: Tensor) -> Tensor:
     """``x + gate · y``, gate of the sample each token belongs to; fp32 inside.
 
@@ -145,7 +150,7 @@ def _backward_triton(grad_td: Tensor, gate_nd: Tensor, y_td: Tensor, sample_id_t
             y.stride(0),
             WIDTH=width,
             BLOCK=block,
-            STAGES=3,
+            STAGES=triton_support.stages(grad, block * (grad.element_size() + y.element_size())),
             warps=max(1, block // 512),
         )
     launch_sum(partial, sample_id, chunk, None, None, (None, None, grad_gate, None))

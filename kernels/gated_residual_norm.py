@@ -4,12 +4,26 @@ import torch
 from torch import Tensor
 
 from . import modulated_norm, triton_support
+from .checks import expect_pack
 from .dispatch import Operation
 from .reference import gated_sum, modulated, modulated_backward, rms_normed, sum_of_samples, wide
 from .registration import fused
 
 
-@Operation
+def _check(
+    x_td: Tensor,
+    gate_nd: Tensor,
+    y_td: Tensor,
+    weight_d: Tensor,
+    scale_nd: Tensor,
+    shift_nd: Tensor,
+    sample_id_t: Tensor,
+    eps: float,
+) -> None:
+    expect_pack(x_td, sample_id_t, {"y": y_td}, {"gate": gate_nd, "scale": scale_nd, "shift": shift_nd}, weight_d)
+
+
+@Operation.checked(_check)
 def gated_residual_norm(
     x_td: Tensor,
     gate_nd: Tensor,

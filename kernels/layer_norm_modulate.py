@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 from . import modulated_norm, triton_support
+from .checks import expect_pack
 from .dispatch import Operation
 from .reference import layer_normed, modulated, modulated_backward
 from .registration import fused
 
 
-@Operation
+def _check(x_td: Tensor, scale_nd: Tensor, shift_nd: Tensor, sample_id_t: Tensor, eps: float) -> None:
+    expect_pack(x_td, sample_id_t, {}, {"scale": scale_nd, "shift": shift_nd})
+
+
+@Operation.checked(_check)
 def layer_norm_modulate(x_td: Tensor, scale_nd: Tensor, shift_nd: Tensor, sample_id_t: Tensor, eps: float) -> Tensor:
     """``LayerNorm(x) · (1 + scale) + shift``, scale and shift of the sample each token belongs to; fp32 inside.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import triton_support
+from .checks import expect
 from .dispatch import Operation
 from .registration import fused
 from .triton_support import block_of, jit, tl
@@ -61,7 +62,13 @@ def merge_attention_in_place(
     tl.store(lse_at, merged.to(lse_ptr.dtype.element_ty), mask=there)
 
 
-@Operation
+def _check(out_qhe: Tensor, lse_qh: Tensor, block_out_qhe: Tensor, block_lse_qh: Tensor) -> None:
+    expect("block_out", block_out_qhe, tuple(out_qhe.shape))
+    expect("lse", lse_qh, tuple(out_qhe.shape[:2]))
+    expect("block_lse", block_lse_qh, tuple(out_qhe.shape[:2]))
+
+
+@Operation.checked(_check)
 def merge_attention(out_qhe: Tensor, lse_qh: Tensor, block_out_qhe: Tensor, block_lse_qh: Tensor) -> None:
     """In place: (out, lse) of the keys seen so far becomes that with a further block's keys.
 

@@ -15,8 +15,6 @@ from . import triton_support
 from .triton_support import block_of, first_row_from, jit, rows, tl
 
 FORWARD_CHUNK = 8
-STAGES = 3
-"""Tokens whose rows are on their way while one is worked on, and that one."""
 SUM_COLUMNS, SUM_ROWS = 32, 64
 
 
@@ -142,7 +140,7 @@ def modulated_norm_backward(
         tl.store(leave, along, mask=inside)
         tl.store(leave + partial_stride, total, mask=inside)
         if y_ptr is not None:
-            tl.store(leave + 2 * partial_stride, of_gate, mask=inside)
+            tl.store(leave + partial_stride + partial_stride, of_gate, mask=inside)
         row = end
 
 
@@ -185,7 +183,7 @@ def sum_over_chunks(
             alongs += tl.load(at, mask=mask, other=0.0)
             totals += tl.load(at + partial_stride, mask=mask, other=0.0)
         if grad_gate_ptr is not None:
-            at_gate = at if grad_scale_ptr is None else at + 2 * partial_stride
+            at_gate = at if grad_scale_ptr is None else at + partial_stride + partial_stride
             gates += tl.load(at_gate, mask=mask, other=0.0)
     at = sample * WIDTH + columns
     if grad_gate_ptr is not None:
@@ -218,7 +216,7 @@ def forward(
     out = torch.empty((tokens, width), dtype=result_dtype(x, scale, shift), device=x.device)
     moments = torch.empty((1 + centred, tokens), dtype=torch.float32, device=x.device)
     if tokens:
-        warps = max(1, min(8, block_of(width) // (512 if y is None else 256)))
+        warps = max(1, min(8 if width <= 4096 else 16, block_of(width) // (512 if y is None else 256)))
         chunk = _forward_chunk(x, 16 // warps)
         triton_support.launch(
             modulated_norm_forward,
@@ -244,10 +242,15 @@ def forward(
             WIDTH=width,
             BLOCK=block_of(width),
             CENTRED=centred,
-            STAGES=STAGES,
+            STAGES=triton_support.stages(x, _row_bytes(x, y)),
             warps=warps,
         )
     return summed, out, moments
+
+
+def _row_bytes(*streams: Tensor | None) -> int:
+    """That a program holds for a token, of which it reads a row of each."""
+    return sum(block_of(x.shape[1]) * x.element_size() for x in streams if x is not None)
 
 
 def _forward_chunk(x_td: Tensor, programs_each: int) -> int:
@@ -277,7 +280,8 @@ def backward(
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous)
     grad_y = None if y is None else torch.empty_like(y, memory_format=contiguous)
-    warps = max(1, min(16, block_of(width) // (512 if y is None else 256)))
+    half = x.element_size() == 2 and y is None  # otherwise registers spill
+    warps = max(1, min(16, block_of(width) // (512 if half else 256)))
     chunk, partial = partial_sums(x, samples, 2 if y is None else 3, 16 // warps)  # as many programs as fit
     if tokens:
         triton_support.launch(
@@ -303,7 +307,7 @@ def backward(
             WIDTH=width,
             BLOCK=block_of(width),
             CENTRED=len(moments_mt) == 2,
-            STAGES=STAGES,
+            STAGES=triton_support.stages(x, _row_bytes(x, grad_out, y, grad_sum)),
             warps=warps,
         )
     grad_scale = torch.empty_like(scale, memory_format=contiguous)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import qk_norm_rope_triton, triton_support
+from .checks import expect
 from .dispatch import Operation
 from .reference import wide
 from .registration import fused
@@ -28,7 +29,36 @@ class SharedWidth(Protocol):
         """Means over all ranks' values, given those over this rank's."""
 
 
-@Operation
+def _check(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    shared: SharedWidth | None = None,
+) -> None:
+    tokens, head_dim = len(q), 2 * cos.shape[-1]
+    if not head_dim or q.shape[-1] % head_dim or k.shape[-1] % head_dim:
+        raise ValueError(f"q is {q.shape[-1]} and k {k.shape[-1]} wide; heads of {head_dim} elements must divide both")
+    expect("k", k, (tokens, k.shape[-1]))
+    for name, table in (("cos", cos), ("sin", sin)):
+        expect(name, table, (tokens, head_dim // 2))
+    affine = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    given = [name for name, x in affine.items() if x is not None]
+    if given and len(given) < len(affine):
+        raise ValueError(
+            f"qk_norm_rope norms q and k or neither; of weights and biases {', '.join(given)} is given alone"
+        )
+
+    for name, x in affine.items():
+        if x is not None:
+            expect(name, x, (q.shape[-1] if name[0] == "q" else k.shape[-1],))
+
+
+@Operation.checked(_check)
 def qk_norm_rope(
     q_tw: Tensor,
     k_tw: Tensor,
@@ -46,17 +76,10 @@ def qk_norm_rope(
     (T, D/2) fp32. Returns q (T, heads, D) and k (T, kv_heads, D) in the dtype they came in; fp32 inside.
     With `shared`, q, k, weights and biases are this rank's slices, equal to the others' in width.
     """
-    _check(q_tw, k_tw, cos_th)
     affine = (q_weight, q_bias, k_weight, k_bias)
     if shared is None or q_weight is None:
         return _norm_rope(q_tw, q_weight, q_bias, cos_th, sin_th), _norm_rope(k_tw, k_weight, k_bias, cos_th, sin_th)
     return _Shared.apply(shared, _REFERENCE, q_tw, k_tw, *affine, cos_th, sin_th)
-
-
-def _check(q: Tensor, k: Tensor, cos: Tensor) -> None:
-    head_dim = 2 * cos.shape[-1]
-    if q.shape[-1] % head_dim or k.shape[-1] % head_dim:
-        raise ValueError(f"q is {q.shape[-1]} and k {k.shape[-1]} wide; heads of {head_dim} elements must divide both")
 
 
 def _moments_of(x_tw: Tensor) -> Tensor:
@@ -304,9 +327,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_q, grad_k, _):
-    if len(ctx.saved_tensors) == 2:
-        return *_rotate_back(grad_q, grad_k, *ctx.saved_tensors), *[None] * 7
-    return *_backward(grad_q, grad_k, *ctx.saved_tensors), None, None, None
+    saved = ctx.saved_tensors  # once: recomputation gives them a single time
+    if len(saved) == 2:
+        return *_rotate_back(grad_q, grad_k, *saved), *[None] * 7
+    return *_backward(grad_q, grad_k, *saved), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -327,7 +351,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_thd: Tensor) -> tuple[Any, ...]:
         means, apply = ctx.backward_ops
-        saved = ctx.saved_tensors  # once: recomputation gives them a single time
+        saved = ctx.saved_tensors
         local_4t, *of_parameters = means(*grads_thd, *saved)
         grads = apply(*grads_thd, *saved, ctx.shared.means(local_4t))
         return None, None, *grads, *of_parameters, None, None
@@ -345,7 +369,6 @@ def _fused(
     sin_th: Tensor,
     shared: SharedWidth | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q_tw, k_tw, cos_th)
     arguments = (q_tw, k_tw, q_weight, q_bias, k_weight, k_bias, cos_th, sin_th)
     if shared is None or q_weight is None:
         return _forward(*arguments, None)[:2]

@@ -130,7 +130,7 @@ def _differentiate(
     inside = columns < WIDTH
     pairs = tl.arange(0, BLOCK // 2)
     angle, pairs_inside = pairs % HALF, pairs < WIDTH // 2
-    grad_columns = columns // (2 * HALF) * grad_head_stride + columns % (2 * HALF)
+    grad_columns = (columns // (2 * HALF)).to(tl.int64) * grad_head_stride + columns % (2 * HALF)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     along = tl.zeros((BLOCK,), tl.float32)
@@ -309,6 +309,9 @@ def backward(
     )
     if tokens:
         q, k = (None if x is None else rows(x) for x in (q_tw, k_tw))
+        # Room for both kinds of rows is set aside in every program; angles are in fp32.
+        each = 4 + gq.element_size() + (0 if q is None else q.element_size())
+        row_bytes = sum(block_of(width) * each for width in widths)
         triton_support.launch(
             qk_norm_rope_backward,
             (-(-tokens // chunk), 2),
@@ -341,7 +344,7 @@ def backward(
             Q_BLOCK=block_of(widths[0]),
             K_BLOCK=block_of(widths[1]),
             HALF=half,
-            STAGES=3 if gq.element_size() == 2 else 2,  # or an A100 has too little shared memory
+            STAGES=triton_support.stages(gq, row_bytes),
             warps=max(1, min(16, block_of(max(widths)) // 256)),
         )
     of_parameters = ()

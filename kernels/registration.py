@@ -1,9 +1,12 @@
 """Registering a fused operation with torch: its reference on the CPU, its Triton kernel on CUDA."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.library import CustomOpDef
+from torch.utils._pytree import tree_map_only
 
 from .triton_support import triton
 
@@ -20,10 +23,14 @@ def fused(
     """Register the decorated torch reference and `triton_implementation`, of one signature, as ``lumina::name``.
 
     The reference also says what comes out when a graph is traced. So it must not look at values, and what it returns
-    must be contiguous and none of what it was given.
+    must be none of what it was given. Results are contiguous, as the kernels' are.
     """
 
-    def register(reference: Callable) -> CustomOpDef:
+    def register(function: Callable) -> CustomOpDef:
+        @functools.wraps(function)
+        def reference(*args: Any) -> Any:
+            return tree_map_only(torch.Tensor, torch.Tensor.contiguous, function(*args))
+
         op = torch.library.custom_op(f"lumina::{name}", reference, mutates_args=mutates, device_types="cpu")
         op.register_fake(reference)
         if triton is not None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import modulated_norm, triton_support
+from .checks import expect_pack
 from .dispatch import Operation
 from .optional import apex_layer_norm
 from .reference import modulated, modulated_backward, rms_normed
@@ -22,7 +23,11 @@ def _apex_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return apex_layer_norm().fused_rms_norm_affine(x, weight, tuple(weight.shape), eps)
 
 
-@Operation
+def _check(x_td: Tensor, weight_d: Tensor, scale_nd: Tensor, shift_nd: Tensor, sample_id_t: Tensor, eps: float) -> None:
+    expect_pack(x_td, sample_id_t, {}, {"scale": scale_nd, "shift": shift_nd}, weight_d)
+
+
+@Operation.checked(_check)
 def rms_norm_modulate(
     x_td: Tensor, weight_d: Tensor, scale_nd: Tensor, shift_nd: Tensor, sample_id_t: Tensor, eps: float
 ) -> Tensor:

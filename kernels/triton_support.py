@@ -20,8 +20,10 @@ except ImportError:  # not on Linux
         constexpr = int
 
 
-WIDEST = 16384
-"""The most elements of a row that one program holds."""
+WIDEST = 8192
+"""The most elements of a row that one program holds; with more, registers spill."""
+MOST_STAGES = 3
+"""Tokens whose rows are on their way while one is worked on, and that one."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,6 +50,19 @@ def launch(
     """Run `kernel` on the device of its first argument. Every launch passes here, so that tests can look on."""
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, num_warps=warps, **constants)
+
+
+def stages(x: Tensor, row_bytes: int) -> int:
+    """How many tokens are under way at once where a token's rows have `row_bytes`: as many as shared memory holds."""
+    return max(1, min(MOST_STAGES, 1 + (shared_memory(x.device) - 1024) // row_bytes))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have; of another device than CUDA's, those of an A100."""
+    if device.type != "cuda":
+        return 163 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import shutil
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ def _why(device: torch.device) -> str:
         return "no CUDA device: the fused operations run their torch references, which are right and slower"
     if triton_support.triton is None:
         return "Triton is not installed: the fused operations run their torch references (pip install triton)"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "a CUDA device and Triton, but no C compiler, without which Triton starts no kernel: install gcc"
     return "a CUDA device and Triton: the fused operations run their Triton kernels"
 
 

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from lumina.benchmark import record, timing
 from lumina.benchmark.kernels import DTYPES
-from lumina.kernels.attention_lse_backends import BACKENDS, lse_backend
+from lumina.kernels import AttentionPlan, attention, with_lse
+from lumina.kernels.attention_lse_backends import BACKENDS, CUDNN_MIN_ROWS, lse_backend
 from lumina.parallel.ring import in_process_ring
 
 TOKENS = {"cuda": (4096, 16384, 32768, 65536, 131072), "cpu": (2048,)}
 HEADS = {"cuda": 32, "cpu": 4}
-RINGS = (1, 2, 4, 8)
+RINGS = (2, 4, 8)
 _REFERENCE_TOKENS = 4096  # the reference holds all pairs of tokens
 _QUERIES_AT_ONCE = 1024
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """q, k, v and the gradient of the output, each (T, H, E)."""
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,20 @@ def exact(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> dict[str, Tensor
     return found | {name: torch.cat(found[name]) for name in ("out", "dq")}
 
 
-def contenders(q: Tensor, heads: int) -> Iterator[tuple[str, int | None, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
-    """(backend, ring, function) of all that can run on such queries."""
+def contenders(q: Tensor) -> Iterator[tuple[str, int | None, Attention]]:
+    """(backend, ring, function) of all that can run on such queries: torch's own choice, one call of each, rings."""
     tokens = len(q)
+    plan = AttentionPlan((tokens,), (tokens,), q.device)
+    yield "sdpa", None, lambda q, k, v: attention.named("sdpa")(q, k, v, plan)
     for backend in BACKENDS:
-        if not backend.usable(q) or (backend.name == "reference" and tokens > _REFERENCE_TOKENS):
-            continue
-        yield backend.name, None, lambda q, k, v, name=backend.name: in_process_ring(q, k, v, (len(q),), 1, name)
+        if backend.usable(q) and (backend.name != "reference" or tokens <= _REFERENCE_TOKENS):
+            yield backend.name, None, lambda q, k, v, backend=backend: with_lse(backend, q, k, v, plan)
     default = lse_backend(q).name
-    for size in RINGS[1:]:
-        yield default, size, lambda q, k, v, size=size: in_process_ring(q, k, v, (len(q),), size, default)
+    for size in RINGS:
+        yield default, size, lambda q, k, v, size=size: in_process_ring(q, k, v, (tokens,), size, default)
 
 
-def _errors(function: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, truth: dict[str, Tensor]) -> dict:
+def _errors(function: Attention, inputs: Inputs, truth: dict[str, Tensor]) -> dict:
     """Of the last head, all heads being computed."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     out = function(q, k, v)
@@ -92,40 +95,44 @@ def _errors(function: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs
     }
 
 
-def measured(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """Rows of all contenders at one size; of one that runs out of memory, none."""
+def measured(inputs: Inputs, truth: dict[str, Tensor], name: str, ring: int | None, function: Attention) -> Row:
+    """One contender at one size."""
+    tokens, heads, head_dim = inputs[0].shape
+    errors = _errors(function, inputs, truth)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
+    forward, backward = timing.forward_and_backward(function, leaves, inputs[0].device)
+    flops = 4 * tokens**2 * heads * head_dim
+    return Row(
+        name,
+        ring,
+        name == lse_backend(inputs[0]).name,
+        head_dim,
+        heads,
+        tokens,
+        str(inputs[0].dtype).removeprefix("torch."),
+        forward,
+        backward,
+        flops / forward / 1e12,
+        2.5 * flops / backward / 1e12,
+        errors,
+    )
+
+
+def _all_measured(tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator:
+    """(what it is, an iterator over its row) of each contender at one size."""
     inputs = _inputs(tokens, heads, head_dim, dtype, device)
     truth = exact(*(x[:, -1] for x in inputs))
-    flops = 4 * tokens**2 * heads * head_dim
-    for name, ring, function in contenders(inputs[0], heads):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
-        try:
-            errors = _errors(function, inputs, truth)
-            forward, backward = timing.forward_and_backward(function, leaves, device)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{tokens:,} tokens, heads of {head_dim}: {name} needs more memory", file=sys.stderr)
-            continue
-        yield Row(
-            name,
-            ring,
-            name == lse_backend(inputs[0]).name,
-            head_dim,
-            heads,
-            tokens,
-            str(dtype).removeprefix("torch."),
-            forward,
-            backward,
-            flops / forward / 1e12,
-            2.5 * flops / backward / 1e12,
-            errors,
-        )
+    for name, ring, function in contenders(inputs[0]):
+        what = f"{tokens:,} tokens, heads of {head_dim}, {name}" + (f", ring of {ring}" if ring else "")
+        yield what, (measured(inputs, truth, name, ring, function) for _ in range(1))
 
 
 def benchmark_attention(arguments: argparse.Namespace) -> None:
     """The verb: measures, prints a table, and writes the rows to `--out`."""
     record.check_writable(arguments.out)
     device = record.device_of(arguments.device)
-    tokens, heads = arguments.tokens or TOKENS[device.type], arguments.heads or HEADS[device.type]
+    tokens = arguments.tokens or TOKENS[device.type]
+    heads = HEADS[device.type] if arguments.heads is None else arguments.heads
     for name, values in (("tokens", tokens), ("head-dim", arguments.head_dim), ("heads", [heads])):
         if min(values) <= 0:
             raise ValueError(f"--{name} {min(values)} is not positive")
@@ -133,14 +140,19 @@ def benchmark_attention(arguments: argparse.Namespace) -> None:
     print(record.heading(facts))
     if device.type == "cpu":
         print("On a CPU: torch's CPU kernel and the reference. FlashAttention and cuDNN run on a GPU alone.\n")
-    rows: list[Row] = []
+    results = record.Results(arguments.out, facts)
     for head_dim in arguments.head_dim:
         for count in tokens:
             print(f"{count:,} tokens, {heads} heads of {head_dim} …", file=sys.stderr)
-            rows += measured(count, heads, head_dim, DTYPES[arguments.dtype], device)
-    print(_table(rows))
-    if arguments.out:
-        record.write_json(arguments.out, facts, rows)
+            for what, row in _all_measured(count, heads, head_dim, DTYPES[arguments.dtype], device):
+                results.add(what, row)
+    print(_table(results.rows) + results.said())
+
+
+def _runs(row: Row) -> str:
+    """What the backend comes down to: cuDNN's leaves short blocks to torch's FlashAttention-2."""
+    short = row.backend == "cudnn" and row.tokens // (row.ring or 1) < CUDNN_MIN_ROWS
+    return "flash for cudnn" if short else row.backend
 
 
 def _table(rows: list[Row]) -> str:
@@ -152,13 +164,13 @@ def _table(rows: list[Row]) -> str:
         against = ["", ""]
         if row.ring is not None and one is not None:
             taken = (row.forward_seconds + row.backward_seconds) / (one.forward_seconds + one.backward_seconds)
-            worst = max(row.errors[name] / one.errors[name] for name in row.errors)
+            worst = max(row.errors[name] / max(one.errors[name], 1e-30) for name in row.errors)
             against = [f"{taken - 1:+.1%}", f"{worst:.2f}×"]
         lines.append(
             (
                 row.head_dim,
                 f"{row.tokens:,}",
-                row.backend + (" (default)" if row.default and row.ring is None else ""),
+                _runs(row) + (" (default)" if row.default and row.ring is None else ""),
                 "one call" if row.ring is None else f"ring of {row.ring}",
                 f"{row.forward_seconds * 1e3:,.2f}",
                 f"{row.backward_seconds * 1e3:,.2f}",

@@ -277,41 +277,35 @@ def runs(operation: str, contender: str, device: torch.device) -> str:
     return found.chosen(torch.empty(1, 1, device=device)) if found is not None else "torch.foreach_lerp"
 
 
-def measured(operation: str, size: Size, wanted: tuple[str, ...], bandwidth: float) -> Iterator[Row]:
-    """Rows of every wanted contender that is here, forward and backward; of one that runs out of memory, none."""
+def measured(operation: str, size: Size, contender: str, bandwidth: float) -> Iterator[Row]:
+    """Rows of a contender, forward and backward; none if it is not here."""
     workload = WORKLOADS[operation](size)
-    for name in wanted:
-        function = workload.contenders.get(name)
-        if function is None:
-            continue
-        # Of its own: some contenders write into what they are given.
-        inputs = [x.detach().clone().requires_grad_(workload.backward_bytes is not None) for x in workload.inputs]
-        try:
-            if workload.backward_bytes is None:
-                times = (timing.seconds(lambda f=function, x=inputs: f(*x), size.device),)
-            else:
-                times = timing.forward_and_backward(function, inputs, size.device)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{operation}, {size.tokens:,} tokens of {size.hidden}: {name} needs more memory", file=sys.stderr)
-            continue
-        moved = (workload.forward_bytes, workload.backward_bytes)
-        for direction, seconds, amount in zip(("forward", "backward"), times, moved, strict=False):
-            yield Row(
-                operation,
-                direction,
-                size.hidden,
-                None if operation in WITHOUT_TOKENS else size.tokens,
-                str(size.dtype).removeprefix("torch."),
-                name,
-                runs(operation, name, size.device),
-                amount,
-                seconds,
-                amount / seconds / bandwidth,
-            )
+    function = workload.contenders.get(contender)
+    if function is None:
+        return
+    inputs = [x.requires_grad_(workload.backward_bytes is not None) for x in map(Tensor.detach, workload.inputs)]
+    if workload.backward_bytes is None:
+        times = (timing.seconds(lambda: function(*inputs), size.device),)
+    else:
+        times = timing.forward_and_backward(function, inputs, size.device)
+    moved = (workload.forward_bytes, workload.backward_bytes)
+    for direction, seconds, amount in zip(("forward", "backward"), times, moved, strict=False):
+        yield Row(
+            operation,
+            direction,
+            size.hidden,
+            None if operation in WITHOUT_TOKENS else size.tokens,
+            str(size.dtype).removeprefix("torch."),
+            contender,
+            runs(operation, contender, size.device),
+            amount,
+            seconds,
+            amount / seconds / bandwidth,
+        )
 
 
 def benchmark_kernels(arguments: argparse.Namespace) -> None:
-    """The verb: measures, prints a table as it goes, and writes the rows to `--out`."""
+    """The verb: measures, writes each row to `--out` when it is there, and prints a table at the end."""
     operations = _known("only", arguments.only, tuple(WORKLOADS))
     against = _known("against", arguments.against, CONTENDERS)
     record.check_writable(arguments.out)
@@ -329,17 +323,20 @@ def benchmark_kernels(arguments: argparse.Namespace) -> None:
     print(f"Copy bandwidth, bytes read and written: {bandwidth / 1e9:,.1f} GB/s.")
     if device.type == "cpu":
         print("On a CPU `lumina` is the torch references: the Triton kernels, Liger's and apex's run on a GPU alone.")
-    rows: list[Row] = []
+    results = record.Results(arguments.out, facts)
     for operation in operations:
         for hidden in arguments.hidden:
             for count in tokens[:1] if operation in WITHOUT_TOKENS else tokens:
                 size = Size(hidden, count, DTYPES[arguments.dtype], device)
                 print(f"{operation}, {count:,} tokens of {hidden} …", file=sys.stderr)
-                rows += measured(operation, size, against, bandwidth)
+                for contender in against:
+                    what = f"{operation}, {count:,} tokens of {hidden}, {contender}"
+                    # Inputs are made anew: some contenders write into what they are given.
+                    results.add(what, measured(operation, size, contender, bandwidth))
                 torch.compiler.reset()  # or shapes add up to torch.compile's limit
-    print(f"\n{_table(rows, against)}")
-    if arguments.out:
-        record.write_json(arguments.out, facts, rows)
+    if not results.rows:
+        raise ValueError(f"there is nothing to measure: of {', '.join(against)} none can run on {device.type} here")
+    print(f"\n{_table(results.rows, against)}{results.said()}")
 
 
 def _known(option: str, names: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -353,7 +350,7 @@ def _known(option: str, names: list[str] | None, known: tuple[str, ...]) -> tupl
             close = difflib.get_close_matches(name, known, n=1)
             nearest = f"did you mean {close[0]}?" if close else f"it is one of {', '.join(known)}"
             raise ValueError(f"--{option} {name} is unknown; {nearest}")
-    return tuple(names or known)
+    return tuple(dict.fromkeys(names or known))
 
 
 def _table(rows: list[Row], names: tuple[str, ...]) -> str:

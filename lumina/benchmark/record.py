@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -104,11 +104,34 @@ def check_writable(path: str | None) -> None:
         return
     if Path(path).exists():
         raise ValueError(f"--out {path} exists; name a file that does not")
-    if not Path(path).resolve().parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {Path(path).resolve().parent}")
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {path}: the folder {folder} cannot be written to")
 
 
-def write_json(path: str, facts: dict[str, Any], rows: Sequence[Any]) -> None:
-    """The facts, and the rows (dataclasses) under "rows"."""
-    content = facts | {"rows": [dataclasses.asdict(row) for row in rows]}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+class Results:
+    """Rows (dataclasses) as they come, and why others are missing; in a JSON file after each, if one is named."""
+
+    def __init__(self, path: str | None, facts: dict[str, Any]):
+        self.path, self.facts = path, facts
+        self.rows: list[Any] = []
+        self.missing: list[str] = []
+
+    def add(self, what: str, rows: Iterable[Any]) -> None:
+        """Keep what `rows` gives; if it fails half-way (memory, a package's error), why."""
+        try:
+            for row in rows:
+                self.rows.append(row)
+        except Exception as error:  # noqa: BLE001 - it stands in the results; the other measurements are worth having
+            lines = str(error).splitlines() or [""]
+            self.missing.append(f"{what}: {type(error).__name__}: {lines[0]}")
+            print(self.missing[-1], file=sys.stderr)
+        if self.path is not None:
+            content = self.facts | {"rows": [dataclasses.asdict(row) for row in self.rows], "missing": self.missing}
+            Path(self.path).write_text(json.dumps(content, indent=1) + "\n")
+
+    def said(self) -> str:
+        """Why rows are missing, a line each; empty if none is."""
+        return "".join(f"\nNot measured: {line}" for line in self.missing)

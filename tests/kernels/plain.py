@@ -10,7 +10,8 @@ from lumina.kernels import triton_support
 
 INTERPRETED = triton_support.triton is not None and triton_support.triton.knobs.runtime.interpret
 
-FEW_ULP = {torch.float32: 4, torch.bfloat16: 1}
+# The interpreter's casts to bf16 truncate.
+FEW_ULP = {torch.float32: 4, torch.bfloat16: 1 if INTERPRETED or not torch.cuda.is_available() else 0.25}
 
 
 def numbers(*shape, seed, scale=1.0):

@@ -8,23 +8,24 @@ import torch
 
 from lumina.kernels import triton_support
 from lumina.kernels.registration import FUSED, TRITON
-from tests.kernels.shipped import MODELS, run
+from tests.kernels.shipped import MODELS, Model, run
 
 if triton_support.triton is None:
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 from tests.kernels.aot import compiled, recorded
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """The most a program may have, in bytes."""
 
 
 @functools.cache
-def launches(dtype):
-    """What the models launch, each launch but once, with the first model that makes it."""
+def launches(dtype, capability, models):
+    """What the models launch there, each launch but once, with the first model that makes it."""
     found = {}
-    for model in MODELS if dtype == torch.bfloat16 else MODELS[:1] + MODELS[2:3]:
-        with recorded(pytest.MonkeyPatch()) as made:
+    for model in models:
+        with recorded(pytest.MonkeyPatch()) as made, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_support, "shared_memory", lambda device: SHARED[capability])
             run(model, dtype)
         for launch in made:
             found.setdefault(launch, model.name)
@@ -41,9 +42,9 @@ def test_every_op_is_among_them(monkeypatch):
     assert called == FUSED.keys()
 
 
-def table(dtype, capability):
+def table(dtype, capability, models):
     """Markdown, a line a kernel; and the lines of those that break a limit."""
-    found = launches(dtype)
+    found = launches(dtype, capability, models)
     with ThreadPoolExecutor(2) as pool:
         costs = list(pool.map(lambda launch: compiled(launch, capability), found))
     lines, broken = [], []
@@ -69,7 +70,20 @@ HEAD = (
 )
 def test_what_kernels_cost(capability, dtype, capsys):
     """Nothing is spilled, shared memory suffices, and tokens are loaded 128 bits at a time."""
-    lines, broken = table(dtype, capability)
+    lines, broken = table(dtype, capability, MODELS if dtype == torch.bfloat16 else MODELS[:1] + MODELS[2:3])
     with capsys.disabled():
         print(f"\n\nsm_{capability}, {dtype}\n\n{HEAD}", *lines, sep="\n")
     assert broken == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_other_widths_and_cards_have_shared_memory_enough(capability, dtype):
+    """The widest rows that kernels take, and cards with little shared memory: registers may spill there."""
+    models = (Model("widest", triton_support.WIDEST, 64, 64, 128, 22016), MODELS[2])
+    found = launches(dtype, capability, models)
+    with ThreadPoolExecutor(2) as pool:
+        costs = list(pool.map(lambda launch: compiled(launch, capability), found))
+    short = [launch.name for launch, cost in zip(found, costs, strict=True) if cost.shared > SHARED[capability]]
+    assert short == []

@@ -201,7 +201,7 @@ def test_preference_on_cuda():
 @HEADS
 def test_torchs_cuda_kernels_take_these_arguments(monkeypatch, name, meetings, heads, kv_heads):
     """Their operators check arguments and give shapes without a GPU, on the meta device."""
-    monkeypatch.setattr(backends, "CUDNN_MIN_PAIRS", 100)
+    monkeypatch.setattr(backends, "CUDNN_MIN_ROWS", 10)
     backend = next(b for b in BACKENDS if b.name == name)
     dtype = torch.float32 if name == "efficient" else torch.bfloat16
     q, k, v, grad_out = (x.to("meta") for x in inputs(heads, kv_heads, 48, dtype))

@@ -2,17 +2,22 @@
 
 import importlib
 import math
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lumina.kernels import (
     AttentionPlan,
     attention,
     attention_lse_backends,
     gated_residual,
+    gated_residual_norm,
     layer_norm_modulate,
+    merge_attention,
     optional,
     qk_norm_rope,
     rms_norm,
@@ -387,6 +392,7 @@ def test_a_flash_attn_that_cannot_be_used_is_passed_over(packages, monkeypatch, 
     packages("flash_attn", source)
     assert optional.flash_attn() is None
     monkeypatch.setattr(attention_lse_backends, "_cudnn_takes", lambda *_: False)
+    monkeypatch.setattr(attention_lse_backends, "_since_ampere", lambda device: True)
     assert attention.chosen(on_gpu(torch.bfloat16)) == "flash"
 
 
@@ -403,6 +409,7 @@ def test_a_flash_attn_that_cannot_be_used_is_passed_over(packages, monkeypatch, 
 def test_attention_runs_on_what_the_ring_runs_on(monkeypatch, dtype, head_dim, cudnn, name):
     """... on CUDA, where samples of any lengths take one call."""
     monkeypatch.setattr(attention_lse_backends, "_cudnn_takes", lambda *_: cudnn)
+    monkeypatch.setattr(attention_lse_backends, "_since_ampere", lambda device: True)
     x = on_gpu(dtype, head_dim)
     assert attention.chosen(x) == name
     if name != "sdpa":
@@ -426,3 +433,119 @@ def test_attention_of_a_pack_with_lse(name, kv_heads):
 def test_meetings_of_a_plan():
     plan = AttentionPlan((5, 0, 3), (2, 4, 1), torch.device("cpu"))
     assert plan.meetings == ((0, 5, 0, 2), (5, 5, 2, 6), (5, 8, 6, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_with_lse_in_other_dtypes(dtype):
+    """Results in the dtype of the inputs, also with recomputation, and from gradients that come heads first."""
+    inputs, plan = attention_case("a sample without queries", kv_heads=2)
+    exact = evaluated(lambda *a: plain_attention(*a, plan), [x.double() for x in inputs])
+    backend = attention_lse_backends.lse_backend(inputs[0], "cpu_flash")
+
+    def ours(q, k, v):
+        out = checkpoint(lambda *a: attention_module.with_lse(backend, *a, plan), q, k, v, use_reentrant=False)
+        return out.transpose(0, 1).contiguous().transpose(0, 1)
+
+    found = evaluated(ours, [x.to(dtype) for x in inputs])
+    for value, truth in zip(found, exact, strict=True):
+        assert value.dtype == dtype
+        assert float((value - truth).norm() / truth.norm()) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def pack_arguments(**changes):
+    """Of gated_residual_norm, by name."""
+    named = {
+        "x": torch.zeros(4, 6),
+        "gate": torch.zeros(2, 6),
+        "y": torch.zeros(4, 6),
+        "weight": torch.zeros(6),
+        "scale": torch.zeros(2, 6),
+        "shift": torch.zeros(2, 6),
+        "sample_id": torch.tensor([0, 0, 1, 1]),
+    }
+    return [*(named | changes).values(), 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("gate", (1, 6), (2, 6)),
+        ("gate", (2, 1), (2, 6)),
+        ("y", (4, 8), (4, 6)),
+        ("y", (2, 6), (4, 6)),
+        ("weight", (1,), (6,)),
+        ("shift", (2, 1), (2, 6)),
+        ("sample_id", (2,), (4,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, shape, wanted):
+    """... by name, whatever runs: a kernel would read what is not there."""
+    value = torch.zeros(shape, dtype=torch.long if name == "sample_id" else torch.float32)
+    with pytest.raises(ValueError, match="has the shape") as caught:
+        gated_residual_norm(*pack_arguments(**{name: value}))
+    if name == "gate" and shape[0] == 1:
+        assert "scale has the shape (2, 6), not (1, 6)" in str(caught.value)
+    else:
+        assert str(caught.value) == f"{name} has the shape {shape}, not {wanted}"
+
+
+def test_other_operations_refuse_them_too():
+    x, row, ids = torch.zeros(4, 6), torch.zeros(2, 6), torch.tensor([0, 0, 1, 1])
+    narrow = torch.zeros(2, 5)
+    for operation, arguments in (
+        (rms_norm_modulate, (x, torch.zeros(6), narrow, narrow, ids, 1e-5)),
+        (layer_norm_modulate, (x, row, narrow, ids, 1e-5)),
+        (gated_residual, (x, narrow, x, ids)),
+        (merge_attention, (torch.zeros(4, 2, 3), torch.zeros(4, 2), torch.zeros(4, 2, 4), torch.zeros(4, 2))),
+        (merge_attention, (torch.zeros(4, 2, 3), torch.zeros(4, 2), torch.zeros(4, 2, 3), torch.zeros(2, 4))),
+    ):
+        with pytest.raises(ValueError, match="has the shape"):
+            operation(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"k": (3, 8)}, r"k has the shape \(3, 8\), not \(4, 8\)"),
+        ({"cos": (1, 2)}, r"cos has the shape \(1, 2\), not \(4, 2\)"),
+        ({"k": (4, 6)}, "q is 8 and k 6 wide; heads of 4 elements must divide both"),
+        ({"k_weight": None, "k_bias": None}, "norms q and k or neither; .* q_weight, q_bias is given alone"),
+        ({"q_bias": None}, "norms q and k or neither"),
+        ({"k_bias": (1,)}, r"k_bias has the shape \(1,\), not \(8,\)"),
+    ],
+)
+def test_what_qk_norm_rope_refuses(change, sentence):
+    shapes = {"q": (4, 8), "k": (4, 8)} | dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias"), (8,))
+    shapes |= {"cos": (4, 2), "sin": (4, 2)} | change
+    with pytest.raises(ValueError, match=sentence):
+        qk_norm_rope(*(None if shape is None else torch.zeros(shape) for shape in shapes.values()))
+
+
+def test_ids_are_looked_at_for_debugging():
+    code = (
+        "import sys, torch\nfrom lumina.kernels import gated_residual\n"
+        "x, gate = torch.zeros(4, 6), torch.zeros(2, 6)\n"
+        "for ids in ([1, 0, 1, 0], [0, 0, 1, 2]):\n"
+        "    try:\n        gated_residual(x, gate, x, torch.tensor(ids))\n"
+        "    except ValueError as error:\n        print(error)"
+    )
+    environment = os.environ | {"LUMINA_KERNELS": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "sample_id is not sorted: samples of a pack lie one after another",
+        "sample_id goes from 0 to 2 for 2 samples",
+    ]
+
+
+def test_the_ring_runs_the_reference_where_that_is_forced(monkeypatch):
+    q = torch.zeros(2, 1, 8)
+    assert lse_backend(q).name == "cpu_flash"
+    monkeypatch.setattr(attention_lse_backends, "REFERENCE_FORCED", True)
+    assert lse_backend(q).name == "reference"
+    assert lse_backend(q, "cpu_flash").name == "cpu_flash"
+
+
+def test_cards_before_ampere_keep_to_sdpa(monkeypatch):
+    monkeypatch.setattr(attention_lse_backends, "_since_ampere", lambda device: False)
+    monkeypatch.setattr(attention_lse_backends, "_cudnn_takes", lambda *_: True)
+    assert attention.chosen(on_gpu(torch.float16)) == "sdpa"

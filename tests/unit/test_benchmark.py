@@ -200,6 +200,7 @@ def test_attention_rows(tmp_path, capsys):
     assert code == 0, said.err
     rows = json.loads(out.read_text())["rows"]
     assert [(row["backend"], row["ring"]) for row in rows] == [
+        ("sdpa", None),
         ("cpu_flash", None),
         ("reference", None),
         ("cpu_flash", 2),
@@ -211,9 +212,9 @@ def test_attention_rows(tmp_path, capsys):
         assert 0 < max(row["errors"].values()) < 1e-5
         assert row["forward_tflops"] == pytest.approx(4 * 96 * 96 * 2 * 16 / row["forward_seconds"] / 1e12)
         assert row["backward_tflops"] == pytest.approx(10 * 96 * 96 * 2 * 16 / row["backward_seconds"] / 1e12)
-    assert [row["default"] for row in rows] == [True, False, True, True, True]
+    assert [row["default"] for row in rows] == [False, True, False, True, True, True]
     eight = next(line for line in said.out.splitlines() if "ring of 8" in line)
-    taken = [sum(row[f"{way}_seconds"] for way in ("forward", "backward")) for row in (rows[-1], rows[0])]
+    taken = [sum(row[f"{way}_seconds"] for way in ("forward", "backward")) for row in (rows[-1], rows[1])]
     assert f"{taken[0] / taken[1] - 1:+.1%}" in eight
 
 
@@ -252,6 +253,11 @@ def test_errors_show_what_is_wrong():
         (["kernels", "--device", "meta"], "--device is meta; measured is on cuda or cpu"),
         (["attention", "--tokens", "8", "-3"], "--tokens -3 is not positive"),
         (["attention", "--head-dim", "0"], "--head-dim 0 is not positive"),
+        (["attention", "--heads", "0"], "--heads 0 is not positive"),
+        (
+            ["kernels", "--hidden", "64", "--tokens", "8", "--only", "swiglu", "--against", "liger", "apex"],
+            "there is nothing to measure: of liger, apex none can run on cpu here",
+        ),
         (["attention", "--out", "nowhere/x.json"], "--out nowhere/x.json: there is no folder"),
     ],
 )
@@ -260,7 +266,35 @@ def test_bad_input(arguments, sentence, capsys, tmp_path, monkeypatch):
     code, said = run(capsys, *arguments)
     assert code == 2
     assert sentence in said.err
-    assert len(said.err.splitlines()) == 1
+    assert len([line for line in said.err.splitlines() if not line.endswith("…")]) == 1
+
+
+def test_one_that_fails_leaves_the_others(capsys, tmp_path, monkeypatch):
+    """... and what was measured before, in the file at once."""
+    out = tmp_path / "x.json"
+    kept = []
+
+    def failing(a, b):
+        kept.append(json.loads(out.read_text())["rows"])
+        raise RuntimeError("out of resources\nand more")
+
+    monkeypatch.setattr(contenders, "swiglu", failing)
+    sizes = ["--hidden", 64, "--tokens", 8, "--only", "swiglu", "--against", "lumina", "lumina", "torch"]
+    code, said = run(capsys, "kernels", *sizes, "--out", out)
+    assert code == 0
+    assert [row["direction"] for row in kept[0]] == ["forward", "backward"]
+    missing = "swiglu, 8 tokens of 64, torch: RuntimeError: out of resources"
+    found = json.loads(out.read_text())
+    assert found["missing"] == [missing]
+    assert len(found["rows"]) == 2, "a contender named twice is measured once"
+    assert f"Not measured: {missing}" in said.out
+
+
+def test_a_single_token(capsys):
+    """Attention to oneself has no error to divide by."""
+    code, said = run(capsys, "attention", "--tokens", 1, "--heads", 1, "--head-dim", 8, "--dtype", "fp32")
+    assert code == 0
+    assert "cpu_flash" in said.out
 
 
 def test_results_are_not_overwritten(capsys, tmp_path):

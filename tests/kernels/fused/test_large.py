@@ -11,6 +11,7 @@ from lumina import kernels
 from tests.kernels.cases import qk_norm_rope
 
 TOKENS = 131072
+MANY = 600_000  # of 4096: 2.4 · 10⁹ elements
 ROWS = slice(TOKENS - 64, TOKENS)
 
 
@@ -38,9 +39,8 @@ def test_swiglu_of_131072_by_11008_in_one_tensor():
     close(grad[ROWS], torch.autograd.grad(expected, rows, expected.detach())[0])
 
 
-@pytest.mark.parametrize("tokens", [TOKENS, 600_000])
+@pytest.mark.parametrize("tokens", [TOKENS, MANY])
 def test_norm_and_residual(tokens):
-    """600,000 tokens of 4096 are 2.4 · 10⁹ elements."""
     lengths = torch.tensor([tokens // 2 - 5, 6, tokens - tokens // 2 - 1], device="cuda")
     ids = torch.repeat_interleave(lengths)
     x, y = leaf(normal(tokens, 4096)), leaf(normal(tokens, 4096))
@@ -57,6 +57,56 @@ def test_norm_and_residual(tokens):
     assert torch.equal(grads[5], lengths[:, None].expand(3, 4096).to(torch.bfloat16))  # of shift: a one a token
     again = torch.autograd.grad(kernels.gated_residual_norm(*inputs, ids, 1e-5), inputs, [torch.ones_like(x)] * 2)
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+LAST = slice(MANY - 64, MANY)
+
+
+def of_the_last_rows(operation, inputs, tokenwise, *more):
+    """Results of `operation` on the last rows of `inputs`, from all of them and from these alone: (found, expected)."""
+    outputs = operation(*inputs, *more)
+    grads = torch.autograd.grad(outputs, inputs, torch.ones_like(outputs))
+    found = [outputs[LAST], *(grads[i][LAST] for i in tokenwise)]
+    few = [leaf(x[LAST]) if i in tokenwise else leaf(x) for i, x in enumerate(inputs)]
+    more = [x[LAST] if isinstance(x, torch.Tensor) else x for x in more]
+    outputs = operation.reference(*few, *more)
+    grads = torch.autograd.grad(outputs, few, torch.ones_like(outputs))
+    return zip(found, [outputs, *(grads[i] for i in tokenwise)], strict=True)
+
+
+def test_the_other_norms_and_residuals():
+    ids = torch.arange(3, device="cuda").repeat_interleave(MANY // 3)
+    x, y = leaf(normal(MANY, 4096)), leaf(normal(MANY, 4096))
+    weight, (gate, scale, shift) = leaf(normal(4096)), [leaf(part) for part in normal(3, 3 * 4096).chunk(3, -1)]
+    for operation, inputs, tokenwise, eps in (
+        (kernels.rms_norm_modulate, [x, weight, scale, shift], [0], [1e-5]),
+        (kernels.layer_norm_modulate, [x, scale, shift], [0], [1e-6]),
+        (kernels.gated_residual, [x, gate, y], [0, 2], []),
+    ):
+        for found, expected in of_the_last_rows(operation, inputs, tokenwise, ids, *eps):
+            close(found, expected)
+
+
+def test_swiglu_of_two_tensors():
+    a, b = leaf(normal(MANY, 4096)), leaf(normal(MANY, 4096))
+    for found, expected in of_the_last_rows(kernels.swiglu, [a, b], [0, 1]):
+        close(found, expected)
+
+
+def test_qk_norm_rope_of_gradients_that_come_heads_first():
+    """Each head's gradients lie together, as attention gives them: the last head begins beyond 2³¹ elements."""
+    q = leaf(normal(MANY, 4096))
+    angles = torch.arange(MANY, device="cuda")[:, None] * torch.logspace(0, -4, 64, device="cuda")
+    weight, bias = (normal(4096) for _ in range(2))
+    k, few = normal(MANY, 128), leaf(q[LAST])
+    of_k = (weight[:128], bias[:128])
+    out, _ = kernels.qk_norm_rope(q, k, weight, bias, *of_k, angles.cos(), angles.sin())
+    cotangent = normal(32, MANY, 128).transpose(0, 1)
+    (grad,) = torch.autograd.grad(out, q, cotangent)
+    rotation = (angles[LAST].cos(), angles[LAST].sin())
+    expected, _ = kernels.qk_norm_rope.reference(few, k[LAST], weight, bias, *of_k, *rotation)
+    close(out[LAST], expected)
+    close(grad[LAST], torch.autograd.grad(expected, few, cotangent[LAST])[0])
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(32, 48), (32, 96), (32, 128)])

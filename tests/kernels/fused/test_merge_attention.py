@@ -39,7 +39,7 @@ def test_far_and_missing_blocks(device):
     expected, expected_lse = merged_exactly(out, lse, block, block_lse)
     merge(out, lse, block, block_lse)
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-7, atol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=4e-7, atol=0)
 
 
 def test_what_has_no_weight_leaves_nothing(device):
