@@ -23,7 +23,18 @@ objects and missing permissions; a connection that fails or breaks, a timeout an
 MISSING_STATUSES = frozenset({401, 403, 404, 410})
 STREAM_BLOCK = 8 << 20
 STREAM_AHEAD = 2
-_STORE_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3")
+_STORE_PACKAGES = (
+    "aiohttp",
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "gcsfs",
+    "google",
+    "azure",
+    "adlfs",
+    "requests",
+    "urllib3",
+)
 
 
 class _RetriedError(Exception):
@@ -61,7 +72,7 @@ class RemoteSource(Source):
         whole = self.size()
         if offset < 0 or offset + size > whole:
             raise ValueError(f"{self} has {whole} bytes; bytes {offset} to {offset + size} do not lie in it")
-        return self._retrying(lambda deadline: self._checked(offset, size, deadline))
+        return self.retrying(lambda deadline: self._checked(offset, size, deadline))
 
     def stream(self) -> BinaryIO:
         return io.BufferedReader(_RangeStream(self), 1 << 20)
@@ -95,7 +106,7 @@ class RemoteSource(Source):
 
     def _facts(self) -> tuple[int, str]:
         if self._known is None:
-            self._known = self._retrying(self._look)
+            self._known = self.retrying(self._look)
         return self._known
 
     def _checked(self, offset: int, size: int, deadline: float) -> bytes:
@@ -104,13 +115,19 @@ class RemoteSource(Source):
             raise _RetriedError(f"{len(data)} bytes came instead of {size}")
         return data
 
-    def _retrying(self, action: Callable[[float], T]) -> T:
+    def retrying(self, action: Callable[[float], T]) -> T:
+        """What `action` gives; it is called with the time (of time.monotonic) at which it must give up.
+
+        Raises:
+            MissingSourceError: the server says that it is not there, or may not be read.
+            ValueError: another final answer, or the last error once attempts or time have run out.
+        """
         start = time.monotonic()
         deadline = start + self.retry.seconds
         for attempt in itertools.count(1):
             try:
                 return action(deadline)
-            except Exception as error:  # noqa: BLE001 - stores raise what they like; sorted in _reason
+            except Exception as error:
                 reason = self._reason(error)
                 pause = self.retry.pause(attempt)
                 if attempt < self.retry.attempts and time.monotonic() + pause < deadline:
@@ -124,7 +141,9 @@ class RemoteSource(Source):
         """What to call an error that is retried; one that is final is raised, as a sentence where it is the user's."""
         if isinstance(error, _RetriedError):
             return str(error)
-        status = next((value for name in ("status", "code") if isinstance(value := getattr(error, name, None), int)), None)
+        status = next(
+            (value for name in ("status", "code") if isinstance(value := getattr(error, name, None), int)), None
+        )
         if status in MISSING_STATUSES or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             if status in (404, 410) or isinstance(error, FileNotFoundError):
                 raise MissingSourceError(f"{self} is missing") from error
@@ -150,8 +169,8 @@ class HttpSource(RemoteSource):
         # Not HEAD: links signed for GET refuse it, and it does not show that ranges work.
         status, headers, _ = self._get(0, 1, deadline)
         total = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", headers.get("Content-Range", ""))
-        if status == 200 and headers.get("Content-Length") == "0":
-            return 0, _tag(headers)
+        if status == 200:  # an empty file, or one of a byte, which came whole
+            return int(headers["Content-Length"]), _tag(headers)
         if total is None:
             raise ValueError(f"{self} is given without its size (no whole Content-Range in the answer)")
         return int(total[1]), _tag(headers)
@@ -216,7 +235,17 @@ class ObjectSource(RemoteSource):
         info = self._files().info(self.location)
         if info.get("type") == "directory" or info.get("size") is None:
             raise MissingSourceError(f"{self} is no file")
-        keys = ("ETag", "etag", "md5Hash", "generation", "VersionId", "LastModified", "last_modified", "mtime", "created")
+        keys = (
+            "ETag",
+            "etag",
+            "md5Hash",
+            "generation",
+            "VersionId",
+            "LastModified",
+            "last_modified",
+            "mtime",
+            "created",
+        )
         return int(info["size"]), str(next((info[key] for key in keys if info.get(key)), ""))
 
     def _fetch(self, offset: int, size: int, deadline: float) -> bytes:
@@ -234,11 +263,13 @@ def _file_system(protocol: str) -> Any:
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:
-        package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}.get(protocol)
-        wanted = f"pip install {package}" if package else str(error)
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(protocol)
+        wanted = f"pip install 'lumina-t2x[{extra}]'" if extra else str(error)
         raise ValueError(f"shards of {protocol}:// need a package that is not installed: {wanted}") from error
     except ValueError as error:
-        raise ValueError(f"there is no file system for {protocol}:// (http, https, s3, gs and others have one)") from error
+        raise ValueError(
+            f"there is no file system for {protocol}:// (http, https, s3, gs and others have one)"
+        ) from error
 
 
 def _tag(headers: Any) -> str:

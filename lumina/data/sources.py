@@ -101,6 +101,7 @@ class Source(ABC):
         """The source called `name` in the same folder, None where there is no such thing."""
         return None
 
+    @abstractmethod
     def close(self) -> None:
         """Give back descriptors, while no other thread reads; a later read opens them again."""
 
@@ -126,17 +127,18 @@ class LocalSource(Source):
     def name(self) -> str:
         return self.path.name
 
-    def _stat(self) -> os.stat_result:
+    def stat(self) -> os.stat_result:
+        """Size and times; `MissingSourceError` if it is not there."""
         try:
             return self.path.stat()
         except OSError as error:
             raise self._failure(error) from error
 
     def size(self) -> int:
-        return self._stat().st_size
+        return self.stat().st_size
 
     def identity(self) -> str:
-        stat = self._stat()
+        stat = self.stat()
         return f"{stat.st_size}-{stat.st_mtime_ns}"
 
     def read(self, offset: int, size: int) -> bytes:
@@ -274,7 +276,7 @@ class _Command(io.RawIOBase):
 
     def __init__(self, words: Sequence[str], said: str) -> None:
         self._said = said
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the command
         self._process: subprocess.Popen | None = None
         try:
             self._process = subprocess.Popen(

@@ -5,8 +5,9 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
+
+from lumina.data.sources import Source
 
 BLOCK = 512
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -30,11 +31,11 @@ class TarWalk:
     Here every header's checksum must hold, every payload be whole, and the end be marked and followed by zeros only.
 
     Raises:
-        ValueError: damage, with the shard, the byte and the last member that was whole.
+        ValueError: damage, with the shard, the byte and the last member that was whole; or it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self.size = 0
         self._digest = hashlib.sha256()
         self._last = "no member yet"
@@ -45,7 +46,7 @@ class TarWalk:
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Member]:
-        with self.path.open("rb") as stream:
+        with self.source.stream() as stream:
             overrides: dict[str, str] = {}
             while True:
                 info, at = self._header(stream)
@@ -118,4 +119,4 @@ class TarWalk:
             raise self._damage(at, f"only zeros follow, {self.size - at} bytes of them: the rest of the shard was lost")
 
     def _damage(self, at: int, what: str) -> ValueError:
-        return ValueError(f"shard {self.path} is damaged at byte {at}, after {self._last}: {what}")
+        return ValueError(f"shard {self.source} is damaged at byte {at}, after {self._last}: {what}")
