@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lumina.data.remote import RemoteSource, file_system
+from lumina.data.shard_index import SUFFIX
 from lumina.data.sources import LocalSource, Retry, Source, is_url, source_of
 
-INDEX_SUFFIX = ".index.safetensors"
 _MOST_IN_BRACES = 1_000_000
 
 
@@ -130,8 +130,8 @@ def _tars(pattern: str, folder: str, glob: str, names: Sequence[str], whole_fold
         raise ValueError(f"data.shards: {pattern} matches no .tar file")
     there = set(tars)
     for name in names:
-        tar = name.removesuffix(INDEX_SUFFIX) + ".tar"
-        if name.endswith(INDEX_SUFFIX) and fnmatch.fnmatchcase(tar, glob) and tar not in there:
+        tar = name.removesuffix(SUFFIX) + ".tar"
+        if name.endswith(SUFFIX) and fnmatch.fnmatchcase(tar, glob) and tar not in there:
             raise ValueError(
                 f"shard {folder}/{tar} is missing: its index is there without it; restore it, or delete both"
             )

@@ -262,9 +262,10 @@ def _scan(source: Source) -> _Scanned:
         raise ValueError(f"shard {source} holds no samples")
     captioned = max(lists["caption_length"]) >= 0
     if uncaptioned is not None and captioned:
+        noun = _NOUNS[KINDS[lists["kind"][0]]]
         raise ValueError(
-            f"sample {uncaptioned} of shard {source} has a {KINDS[int(lists['kind'][0])]} and no caption while others "
-            "have one; was the shard cut between two members?"
+            f"sample {uncaptioned} of shard {source} has a {noun} and no caption while others have one; "
+            "was the shard cut between two members?"
         )
     columns = {name: np.array(values, dtype=COLUMNS[name]) for name, values in lists.items()}
     columns |= {"key_start": np.array(key_start, np.int64), "member_start": np.array(member_start, np.int64)}

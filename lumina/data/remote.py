@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from lumina.data.sources import MissingSourceError, Retry, Source
@@ -74,7 +74,7 @@ class RemoteSource(Source):
             raise ValueError(f"{self} has {whole} bytes; bytes {offset} to {offset + size} do not lie in it")
         return self.retrying(lambda deadline: self._checked(offset, size, deadline))
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> io.BufferedReader:
         return io.BufferedReader(_RangeStream(self), 1 << 20)
 
     def beside(self, name: str) -> "RemoteSource":
@@ -289,7 +289,7 @@ class _RangeStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         if self._at == len(self._block):
             while self._asked < self._size and len(self._coming) <= STREAM_AHEAD:
                 count = min(STREAM_BLOCK, self._size - self._asked)

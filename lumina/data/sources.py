@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import BinaryIO
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHELL_WORDS = {"|", "||", "&", "&&", ";", ">", ">>", "<", "2>", "2>&1"}
@@ -94,7 +93,7 @@ class Source(ABC):
         """Exactly `size` bytes from byte `offset`; `ValueError` if there are fewer or they cannot be read."""
 
     @abstractmethod
-    def stream(self) -> BinaryIO:
+    def stream(self) -> io.BufferedReader:
         """All the bytes from the start, for one pass; its reads raise `ValueError` as `read` does."""
 
     def beside(self, name: str) -> "Source | None":
@@ -160,7 +159,7 @@ class LocalSource(Source):
             data += more
         return data
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> io.BufferedReader:
         try:
             return self.path.open("rb")
         except OSError as error:
@@ -258,7 +257,7 @@ class PipeSource(Source):
                 self._at += len(block)
             return buffered.getvalue()
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> io.BufferedReader:
         return io.BufferedReader(_Command(self._words, str(self)), 1 << 20)
 
     def close(self) -> None:
@@ -288,7 +287,7 @@ class _Command(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         if not wait([self._process.stdout], timeout=PIPE_SILENCE):
             raise ValueError(f"{self._said} gave nothing for {PIPE_SILENCE:.0f} s")
         count = self._process.stdout.readinto(buffer)

@@ -1,11 +1,11 @@
 """Walking a tar shard header by header, stopping at damage instead of stepping over it."""
 
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from lumina.data.sources import Source
 
@@ -68,13 +68,13 @@ class TarWalk:
                 else:
                     self._payload(stream, size, at)
 
-    def _read(self, stream: BinaryIO, count: int) -> bytes:
+    def _read(self, stream: io.BufferedReader, count: int) -> bytes:
         data = stream.read(count)
         self._digest.update(data)
         self.size += len(data)
         return data
 
-    def _header(self, stream: BinaryIO) -> tuple[tarfile.TarInfo | None, int]:
+    def _header(self, stream: io.BufferedReader) -> tuple[tarfile.TarInfo | None, int]:
         at = self.size
         block = self._read(stream, BLOCK)
         if len(block) < BLOCK:
@@ -86,7 +86,7 @@ class TarWalk:
         except tarfile.HeaderError as error:
             raise self._damage(at, f"the header is damaged ({error})") from error
 
-    def _payload(self, stream: BinaryIO, size: int, at: int, name: str = "") -> bytes:
+    def _payload(self, stream: io.BufferedReader, size: int, at: int, name: str = "") -> bytes:
         padded = -(-size // BLOCK) * BLOCK
         data = self._read(stream, padded)
         if len(data) < padded:
@@ -108,7 +108,7 @@ class TarWalk:
             raise self._damage(at, "a pax header extension is damaged")
         return {key: records[key] for key in ("path", "size") if key in records}
 
-    def _only_zeros_follow(self, stream: BinaryIO, at: int) -> None:
+    def _only_zeros_follow(self, stream: io.BufferedReader, at: int) -> None:
         if len(tail := self._read(stream, BLOCK)) < BLOCK:
             raise self._damage(at, "the shard is truncated: it ends inside the end mark of a tar")
         while tail:
