@@ -31,7 +31,9 @@ def server(tmp_path: Path):
 
 @pytest.fixture
 def source(server):
-    return source_of(f"{server.url}/x.tar", retry=Retry(attempts=4, seconds=20, first_pause=0.001, longest_pause=0.002))
+    return source_of(
+        f"{server.url}/x.tar", retry=Retry(attempts=4, seconds=20.0, first_pause=0.001, longest_pause=0.002)
+    )
 
 
 @pytest.fixture
