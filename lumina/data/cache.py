@@ -126,9 +126,9 @@ class Cache:
         """Remove a damaged block."""
         with _locked(self.folder / "total.lock", keep=True):
             if path.exists():
-                size = path.stat().st_size
                 path.unlink(missing_ok=True)
-                self._write_total(self._total() - size)
+                # What was booked for it is not known: damage may have changed its size.
+                (self.folder / "total").unlink(missing_ok=True)
 
     def _make_room(self, count: int) -> None:
         """Book `count` bytes, after evicting what was used longest ago where they would not fit."""
@@ -175,13 +175,14 @@ class Cache:
     def _total(self) -> int:
         """Bytes of all blocks, as booked; counted anew where the book is missing or damaged."""
         try:
-            return max(0, int((self.folder / "total").read_text()))
+            total = int((self.folder / "total").read_text())
         except (FileNotFoundError, ValueError):
-            return sum(stat.st_size for _, stat in self._files())
+            total = -1
+        return total if total >= 0 else sum(stat.st_size for _, stat in self._files())
 
     def _write_total(self, total: int) -> None:
         # In place, under the lock: what a kill leaves half written is counted anew.
-        (self.folder / "total").write_text(f"{max(0, total)}")
+        (self.folder / "total").write_text(str(total))
 
 
 def _file_bytes(length: int) -> int:
