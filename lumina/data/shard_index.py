@@ -123,7 +123,7 @@ class ShardHeader:
     @cached_property
     def shapes(self) -> np.ndarray:
         """int32 (distinct, 5), ascending: kind, height, width, frames, and the number of samples with these."""
-        data = zlib.decompress(base64.b85decode(self._shapes))
+        data = zlib.decompress(base64.b64decode(self._shapes))
         return np.frombuffer(data, "<i4").reshape(5, -1).T
 
     def open(self) -> "ShardIndex":
@@ -333,4 +333,4 @@ def _histogram(columns: Mapping[str, np.ndarray]) -> str:
     shapes = np.stack([columns[name].astype(np.int32) for name in ("kind", "height", "width", "frames")], axis=1)
     distinct, counts = np.unique(shapes, axis=0, return_counts=True)
     table = np.concatenate([distinct, counts[:, None]], axis=1).astype("<i4")
-    return base64.b85encode(zlib.compress(np.ascontiguousarray(table.T).tobytes())).decode()
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(table.T).tobytes())).decode()

@@ -1,9 +1,11 @@
 """The cache of a node: right bytes always, one fetch for all, a bound that holds, damage mended."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -326,3 +328,31 @@ def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be made"):
         Cache(tmp_path / "file/x", 10**8)
+
+
+def test_a_lock_file_that_its_holder_removed_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken() -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+
+    def waits() -> None:
+        with cache_module._locked(path):
+            entered.set()
+
+    path, polls, entered, real = tmp_path / "x.lock", threading.Semaphore(0), threading.Event(), time.sleep
+    monkeypatch.setattr(cache_module.time, "sleep", lambda seconds: (polls.release(), real(0.001)))
+    first = taken()
+    waiter = threading.Thread(target=waits)
+    waiter.start()
+    assert polls.acquire(timeout=10)
+    path.unlink()
+    second = taken()
+    os.close(first)
+    for _ in range(20):
+        assert polls.acquire(timeout=10), "it went in beside the second holder"
+    assert not entered.is_set()
+    os.close(second)
+    waiter.join(10)
+    assert entered.is_set()
+    assert not path.exists()
