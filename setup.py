@@ -34,6 +34,7 @@ setup(
         "triton>=3.6,<3.9; platform_system == 'Linux'",
         "safetensors>=0.5",
         "fsspec[http]>=2024",
+        "aiohttp>=3.9",
         "numpy>=1.26",
         "pillow>=10.3",
         "pydantic>=2.10,<3",

@@ -163,7 +163,8 @@ class HttpSource(RemoteSource):
     """A file on a web server that answers range requests."""
 
     def _open(self) -> Any:
-        return _file_system("http")
+        # A link with escapes is taken as it is: escaping it anew would break its signature.
+        return _file_system("http", encoded="%" in self.location)
 
     def _look(self, deadline: float) -> tuple[int, str]:
         # Not HEAD: links signed for GET refuse it, and it does not show that ranges work.
@@ -187,14 +188,12 @@ class HttpSource(RemoteSource):
     def _get(self, offset: int, size: int, deadline: float) -> tuple[int, Any, bytes]:
         import aiohttp
         from fsspec.asyn import sync
-        from yarl import URL
 
         left = deadline - time.monotonic()
         if left <= 0:
             raise _RetriedError("no time is left")
         files = self._files()
-        # A link with escapes is taken as it is: escaping it anew would break its signature.
-        url = URL(self.location, encoded="%" in self.location)
+        url = files.encode_url(self.location)
         request = dict(files.kwargs)
         request["headers"] = dict(request.get("headers", {})) | {
             "Range": f"bytes={offset}-{offset + size - 1}",
@@ -257,11 +256,11 @@ def file_system(url: str) -> Any:
     return _file_system("http" if url.lower().startswith(("http:", "https:")) else url.partition("://")[0].lower())
 
 
-def _file_system(protocol: str) -> Any:
+def _file_system(protocol: str, **options: Any) -> Any:
     import fsspec
 
     try:
-        return fsspec.filesystem(protocol)
+        return fsspec.filesystem(protocol, **options)
     except ImportError as error:
         extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(protocol)
         wanted = f"pip install 'lumina-t2x[{extra}]'" if extra else str(error)

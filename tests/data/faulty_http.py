@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = content[first : last + 1]
         tag["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         if fault == "slow":
-            time.sleep(1.0)
+            time.sleep(0.5)
         if fault == "short":
             data = data[: len(data) // 2]
         return self._answer(206, data, tag, drop=fault == "drop")

@@ -123,6 +123,15 @@ def test_http_gives_up_when_time_is_up(server) -> None:
     assert 4 <= server.requests["x.tar"] <= 20
 
 
+def test_http_escapes_are_kept_and_blanks_escaped(server) -> None:
+    asked = []
+    server.fault = lambda name, count: asked.append(name)
+    for name in ("a%2Fb%2B.tar", "a b.tar"):
+        with pytest.raises(MissingSourceError):
+            source_of(f"{server.url}/{name}", retry=QUICK).size()
+    assert asked == ["a%2Fb%2B.tar", "a%20b.tar"]
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [(404, "x.tar is missing"), (403, "x.tar may not be read"), (400, "the server answers 400"), (501, "answers 501")],
