@@ -33,6 +33,8 @@ setup(
         "webdataset>=1.0.2,<2",
         "triton>=3.6,<3.9; platform_system == 'Linux'",
         "safetensors>=0.5",
+        "fsspec[http]>=2024",
+        "aiohttp>=3.9",
         "numpy>=1.26",
         "pillow>=10.3",
         "pydantic>=2.10,<3",
@@ -45,6 +47,8 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
+        "s3": ["s3fs>=2024"],
+        "gcs": ["gcsfs>=2024"],
         "audio": ["librosa>=0.10", "soundfile>=0.12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],

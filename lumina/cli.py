@@ -114,10 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     index = recipes.add_parser(
         "index",
         help="index shards",
-        description="Read shards (tar files, folders of them, or patterns), check them and write an index beside each.",
-        example="lumina data index 'data/photos/*.tar'",
+        description="Read shards, check them and write an index beside each: tar files, folders of them, globs, "
+        "ranges such as s-{000..019}.tar, and URLs of these. Interrupted, it goes on where it was; several hosts may "
+        "do it at once.",
+        example="lumina data index 'https://host/photos-{000000..000099}.tar' --index-dir indexes",
     )
     index.add_argument("shards", nargs="+", metavar="SHARDS")
+    index.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
+    index.add_argument("--index-dir", metavar="DIR", help="for indexes that cannot lie beside their shards, as of URLs")
+    index.add_argument(
+        "--allow-pipe", nargs="+", default=[], metavar="PROGRAM", help="programs that pipe:COMMAND shards may run"
+    )
     index.set_defaults(run=_data_index)
 
     benchmark = verbs.add_parser(
@@ -202,7 +209,13 @@ def _data_index(arguments: argparse.Namespace) -> None:
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("indexing", total=None)
-        count = index_shards(arguments.shards, lambda done, total: progress.update(task, completed=done, total=total))
+        count = index_shards(
+            arguments.shards,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+            index_dir=arguments.index_dir,
+            pipe_programs=arguments.allow_pipe,
+        )
     print(f"{count:,} samples indexed")
 
 
