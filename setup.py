@@ -55,6 +55,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "import-linter>=2.1",
+            "av>=12",
+            "soundfile>=0.12",
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
         ],
     },

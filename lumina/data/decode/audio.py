@@ -1,8 +1,8 @@
 """Audio as one waveform at the sample rate asked for."""
 
 import io
-import math
-from functools import cache
+from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,6 +15,7 @@ MAX_AUDIO_VALUES = 2**28
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")
 _RATES = range(1000, 768_001)
 _BLOCK = 2**16
+_LARGEST_STEP = 4096
 _ZEROS = 32  # of the low-pass filter, on either side of its middle
 
 
@@ -25,7 +26,7 @@ def audio_duration(data: bytes) -> float:
 
 
 def waveform_of(data: bytes, sample_rate: int) -> np.ndarray:
-    """The mean of the channels, resampled: float32 (samples,) in [-1, 1], ⌈samples · sample_rate / its own⌉ long.
+    """The mean of the channels, resampled: float32 (⌈samples · sample_rate / its own rate⌉,) in [-1, 1].
 
     Raises:
         BadSampleError: no WAV, FLAC, Ogg or MP3; or cut, damaged, empty or too long.
@@ -127,7 +128,7 @@ def _check_end(data: bytes) -> None:
             raise BadSampleError("audio is cut: its last page does not end the stream")
 
 
-@cache
+@lru_cache(maxsize=8)
 def _filter(up: int, down: int) -> np.ndarray:
     """Kaiser-windowed sinc, flat to 0.91 and 80 dB down from 1.0 of the lower of the two Nyquist frequencies."""
     from scipy.signal import firwin
@@ -141,6 +142,7 @@ def _resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         return wave
     from scipy.signal import resample_poly
 
-    common = math.gcd(rate, wanted)
-    up, down = wanted // common, rate // common
+    # All usual rates are exact; a damaged or odd one may be off by a ten-millionth, for a filter of bounded length.
+    ratio = Fraction(wanted, rate).limit_denominator(_LARGEST_STEP)
+    up, down = ratio.numerator, ratio.denominator
     return resample_poly(wave, up, down, window=_filter(up, down).astype(np.float32)).astype(np.float32)

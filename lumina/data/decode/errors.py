@@ -9,6 +9,7 @@ class BadSampleError(ValueError):
 
 def unreadable(medium: str, error: BaseException) -> BadSampleError:
     """`BadSampleError` for what a library raised on `medium` ("picture", "video", …), cut to its first line."""
-    first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    text = str(getattr(error, "strerror", None) or error)  # FFmpeg's str() begins with a number
+    first_line = next(iter(text.splitlines()), "") or type(error).__name__
     # Libraries add objects and buffers ("<_io.BytesIO object at 0x…>"), which differ between runs.
     return BadSampleError(f"{medium} does not decode ({re.sub(' ?<.*>', '', first_line)[:200]})")

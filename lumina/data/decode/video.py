@@ -103,7 +103,7 @@ def video_levels(data: bytes, view: View, channels: int) -> np.ndarray:
         except (BadSampleError, _ffmpeg_error()):
             if key == 0:
                 raise
-    # Frames after some key frames lean on what came before them (open GOP): then only the first packet will do.
+    # Some key frames lean on what came before them after all (open GOP in H.264): then only the first packet will do.
     with _opened(data) as (container, stream):
         return _clip(stream, _packets(container, stream), 0, clip, view, channels)
 
