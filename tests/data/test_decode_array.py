@@ -74,7 +74,7 @@ def test_what_is_no_latent_is_refused(monkeypatch) -> None:
         with pytest.raises(BadSampleError, match=message) as caught:
             load_latent({"latent.npy": data})
         assert "\n" not in str(caught.value)
-    with pytest.raises(BadSampleError, match="needs latent.npy"):
+    with pytest.raises(BadSampleError, match="of latents needs"):
         load_latent({"npy": npy(LATENT)})
     assert probe({"latent.npy": npy(spoilt)}).frames == 3  # numbers are looked at when they are used
     monkeypatch.setattr(array, "MAX_ARRAY_BYTES", LATENT.nbytes - 1)

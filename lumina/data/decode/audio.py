@@ -15,14 +15,14 @@ MAX_AUDIO_VALUES = 2**28
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")
 _RATES = range(1000, 768_001)
 _BLOCK = 2**16
-_LARGEST_STEP = 4096
+_LARGEST_STEP = 2**15
 _ZEROS = 32  # of the low-pass filter, on either side of its middle
 
 
 def audio_duration(data: bytes) -> float:
     """Seconds, from the header where it says; `BadSampleError` where that cannot be read."""
     with _Reader(data) as file:
-        return file.length() / file.rate
+        return file.frames / file.rate
 
 
 def waveform_of(data: bytes, sample_rate: int) -> np.ndarray:
@@ -61,15 +61,17 @@ class _Reader:
         except self._error as error:
             raise unreadable("audio", error) from error
         self.rate, self.channels = self._file.samplerate, self._file.channels
-        self._promised = self._file.frames
+        self.frames = self._file.frames
         problem = None
         if self._file.format not in _FORMATS:
             problem = f"audio is {self._file.format}; WAV, FLAC, Ogg and MP3 are read"
         elif self.rate not in _RATES:
             problem = f"audio has {self.rate} samples a second, not {_RATES[0]} … {_RATES[-1]}"
-        elif self._promised * self.channels > MAX_AUDIO_VALUES and self._known:
-            problem = f"audio of {self._promised} samples × {self.channels} is larger than {MAX_AUDIO_VALUES}"
-        elif self._promised < 1:
+        elif self.frames >= 2**62:
+            problem = "audio does not say how long it is, as FLAC from a pipe; write it to a file instead"
+        elif self.frames * self.channels > MAX_AUDIO_VALUES:
+            problem = f"audio of {self.frames} samples × {self.channels} is larger than {MAX_AUDIO_VALUES}"
+        elif self.frames < 1:
             problem = "audio has no samples"
         if problem:
             self._file.close()
@@ -81,19 +83,10 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    @property
-    def _known(self) -> bool:
-        """Streamed FLAC does not know its length; libsndfile then says 2**63 - 1."""
-        return self._promised < 2**62
-
-    def length(self) -> int:
-        """Samples of one channel."""
-        return self._promised if self._known else len(self.read())
-
     def read(self) -> np.ndarray:
         """The mean of the channels; `BadSampleError` where fewer samples decode than are promised."""
         blocks, found = [], 0
-        while found < self._promised:
+        while found < self.frames:
             try:
                 block = self._file.read(_BLOCK, dtype="float32", always_2d=True)
             except self._error as error:
@@ -101,11 +94,9 @@ class _Reader:
             if not len(block):
                 break
             found += len(block)
-            if found * self.channels > MAX_AUDIO_VALUES:
-                raise BadSampleError(f"audio is longer than {MAX_AUDIO_VALUES} samples")
             blocks.append(block.mean(1, dtype=np.float32))
-        if (self._known and found != self._promised) or not found:
-            raise BadSampleError(f"audio is cut or damaged: {found} samples of {self._promised} decode")
+        if found != self.frames:
+            raise BadSampleError(f"audio is cut or damaged: {found} samples of {self.frames} decode")
         return np.concatenate(blocks)
 
 
@@ -142,7 +133,7 @@ def _resampled(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
         return wave
     from scipy.signal import resample_poly
 
-    # All usual rates are exact; a damaged or odd one may be off by a ten-millionth, for a filter of bounded length.
+    # All usual rates are exact; a damaged or odd one may be off by a billionth, for a filter of bounded length.
     ratio = Fraction(wanted, rate).limit_denominator(_LARGEST_STEP)
     up, down = ratio.numerator, ratio.denominator
     return resample_poly(wave, up, down, window=_filter(up, down).astype(np.float32)).astype(np.float32)
