@@ -50,6 +50,7 @@ setup(
         "s3": ["s3fs>=2024"],
         "gcs": ["gcsfs>=2024"],
         "audio": ["librosa>=0.10", "soundfile>=0.12"],
+        "video": ["av>=12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],
         "test": [
@@ -58,6 +59,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "import-linter>=2.1",
+            "av>=12",
+            "soundfile>=0.12",
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
         ],
     },
