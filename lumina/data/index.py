@@ -16,9 +16,10 @@ import numpy as np
 from lumina.data.cache import Cache
 from lumina.data.decode import BadSampleError
 from lumina.data.find import find_shards
-from lumina.data.shard_index import ShardHeader, ShardIndex, build_index, open_header
+from lumina.data.indexing import build_index
+from lumina.data.shard_index import ShardHeader, ShardIndex, open_header, open_headers
 from lumina.data.sizing import Shapes
-from lumina.data.sources import Source
+from lumina.data.sources import MissingSourceError, Source
 
 __all__ = ["DataSet", "Index", "ShardReader"]
 
@@ -110,13 +111,19 @@ class ShardReader:
         return self._tables[shard]
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        source = self._sources.setdefault(shard, self.headers[shard].source)
-        self._sources.move_to_end(shard)
-        if len(self._sources) > _OPEN_SOURCES:
-            self._sources.popitem(last=False)[1].close()
-        if self._cache is not None and source.remote:
-            return self._cache.read(source, offset, size)
-        return source.read(offset, size)
+        header = self.headers[shard]
+        source = header.source
+        try:
+            if shard not in self._sources:
+                self._sources[shard] = source
+                if not source.remote and source.size() != header.shard_size:
+                    raise MissingSourceError
+                if len(self._sources) > _OPEN_SOURCES:
+                    self._sources.popitem(last=False)[1].close()
+            self._sources.move_to_end(shard)
+            return source.read(offset, size) if self._cache is None else self._cache.read(source, offset, size)
+        except MissingSourceError as error:
+            raise ValueError(f"shard {source} was removed or changed while it was in use") from error
 
 
 @dataclass(frozen=True)
@@ -152,18 +159,18 @@ class Index:
         self, sets: Sequence[Iterable[ShardHeader]], weights: Sequence[float] = (1.0,), access: Access | None = None
     ) -> None:
         # By content where names are equal: ids must not depend on the folders the shards lie in.
-        ordered = [sorted(headers, key=lambda header: (header.source.name, header.sha256)) for headers in sets]
+        ordered = [sorted(headers, key=lambda header: (header.source.name, header.shard_sha256)) for headers in sets]
         self.shards = [header for headers in ordered for header in headers]
         first_with: dict[str, Source] = {}
         for header in self.shards:
-            if header.sha256 in first_with:
+            if header.shard_sha256 in first_with:
                 raise ValueError(
-                    f"shards {first_with[header.sha256]} and {header.source} hold the same bytes; name one of them"
+                    f"shards {first_with[header.shard_sha256]} and {header.source} hold the same bytes; name one of them"
                 )
-            first_with[header.sha256] = header.source
-        names = [[(header.source.name, header.sha256) for header in headers] for headers in ordered]
+            first_with[header.shard_sha256] = header.source
+        names = [[(header.source.name, header.shard_sha256) for header in headers] for headers in ordered]
         self.hash = hashlib.sha256(repr(names[0] if len(names) == 1 else names).encode()).hexdigest()
-        starts = np.cumsum([0, *(header.count for header in self.shards)], dtype=np.int64)
+        starts = np.cumsum([0, *map(len, self.shards)], dtype=np.int64)
         edges = np.cumsum([0, *(len(headers) for headers in ordered)]).tolist()
         self.starts = [starts[first : stop + 1] for first, stop in pairwise(edges)]
         self.weights = list(weights)
@@ -195,9 +202,10 @@ class Index:
             sets = [DataSet(sets)]
         opened, headers = 0, []
         for one in sets:
+            sources = find_shards(one.shards, pipe_programs=access.pipe_programs)
             headers.append([])
-            for source in find_shards(one.shards, pipe_programs=access.pipe_programs):
-                headers[-1].append(_header(source, access, build_missing))
+            for source, header in zip(sources, open_headers(sources, access.index_dir), strict=True):
+                headers[-1].append(header or _indexed(source, access, build_missing))
                 opened += 1
                 if progress is not None:
                     progress(opened)
@@ -246,20 +254,19 @@ def _contents(headers: Iterable[ShardHeader]) -> Contents:
     uncaptioned = unlabelled = 0
     labels: list[int] = []
     for header in headers:
-        shapes.update(header.shapes)
+        for *shape, count in header.shapes.tolist():
+            shapes[tuple(shape)] += count
         uncaptioned += header.uncaptioned
-        unlabelled += header.unlabelled
+        unlabelled += header.unlabeled
         labels += header.labels or ()
     return Contents(shapes, uncaptioned, unlabelled, (min(labels), max(labels)) if labels else None)
 
 
-def _header(source: Source, access: Access, build_missing: bool) -> ShardHeader:
-    header = open_header(source, index_dir=access.index_dir)
-    if header is None and not build_missing:
+def _indexed(source: Source, access: Access, build_missing: bool) -> ShardHeader:
+    if not build_missing:
         raise ValueError(f"shard {source} has no index that matches it; build it with `lumina data index {source}`")
-    if header is None:
-        build_index(source, index_dir=access.index_dir)
-        header = open_header(source, index_dir=access.index_dir)
+    build_index(source, access.index_dir)
+    header = open_header(source, access.index_dir)
     if header is None:
         raise ValueError(f"shard {source} changed while it was indexed; index it again when it is complete")
     return header

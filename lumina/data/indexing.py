@@ -14,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lumina.data.decode import BadSampleError, caption_of, image_size, label_of, parse_json
+from lumina.data.decode import (
+    AUDIO_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    BadSampleError,
+    caption_of,
+    label_of,
+    parse_json,
+    probe,
+)
 from lumina.data.find import find_shards
 from lumina.data.shard_index import (
     COLUMNS,
@@ -30,9 +39,10 @@ from lumina.data.sources import LocalSource, MissingSourceError, Retry, Source, 
 from lumina.data.tarwalk import Member, TarWalk
 
 KIND_OF_EXTENSION = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
-    **dict.fromkeys(("mp4", "webm", "mkv", "mov"), "video"),
-    **dict.fromkeys(("wav", "flac", "mp3", "ogg", "npy"), "audio"),
+    **dict.fromkeys(IMAGE_EXTENSIONS, "image"),
+    **dict.fromkeys(VIDEO_EXTENSIONS, "video"),
+    **dict.fromkeys(AUDIO_EXTENSIONS, "audio"),
+    "npy": "image",  # or video, as its axes say
     "latent.npy": "latent",
 }
 _MOST_FAILURES = 20
@@ -298,13 +308,9 @@ def _facts(source: Source, key: str, contents: Mapping[str, bytes]) -> _Facts:
     facts = _Facts(kind=KINDS.index(kind))
     # What cannot be read keeps its default: the sample is bad, which the loader finds, counts and mends.
     try:
-        probe = _probe(contents)
-        facts.height, facts.width, facts.frames, facts.duration = (
-            probe.height,
-            probe.width,
-            probe.frames,
-            probe.duration,
-        )
+        found = probe(contents)
+        facts.kind, facts.height, facts.width = KINDS.index(found.kind), found.height, found.width
+        facts.frames, facts.duration = found.frames, found.duration
     except BadSampleError:
         facts.height = facts.width = 0
     featured = "text.npy" in contents  # features of the caption do for a caption
@@ -342,27 +348,3 @@ def _kind(source: Source, key: str, contents: Mapping[str, bytes]) -> str:
             f"it must have one of {', '.join(KIND_OF_EXTENSION)}"
         )
     return KIND_OF_EXTENSION[found[0]]
-
-
-@dataclass(frozen=True)
-class _Probe:
-    height: int
-    width: int
-    frames: int
-    duration: float
-
-
-def _probe(members: Mapping[str, bytes]) -> _Probe:
-    """Size of a sample from its headers: pixels, or for a latent what its array (…, height, width) has."""
-    if "latent.npy" not in members:
-        return _Probe(*image_size(members), frames=1, duration=0.0)
-    stream = io.BytesIO(members["latent.npy"])
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape = read(stream)[0]
-    except ValueError as error:
-        raise BadSampleError(f"latent.npy does not parse ({error})") from error
-    if len(shape) not in (3, 4):
-        raise BadSampleError(f"latent.npy must be (channels, height, width) with or without frames, not {shape}")
-    return _Probe(*shape[-2:], frames=shape[0] if len(shape) == 4 else 1, duration=0.0)
