@@ -37,9 +37,7 @@ def buckets(resolution_patches: int, max_ratio: float = 4.0) -> tuple[tuple[int,
     return tuple(found)
 
 
-def nearest_bucket(
-    height: np.ndarray | int, width: np.ndarray | int, buckets: Sequence[tuple[int, int]]
-) -> np.ndarray:
+def nearest_bucket(height: np.ndarray | int, width: np.ndarray | int, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
     """Index of the bucket that shows most of a picture.
 
     A picture is scaled until it covers the bucket, and what stands over is cut off. Of a picture of aspect a (width /
