@@ -336,7 +336,8 @@ def _make_shards(arguments: argparse.Namespace, recipe: Callable[..., Any], sour
             ),
             **options,
         )
-    print(f"{summary.samples:,} samples in {summary.shards:,} shards ({summary.bytes:,} bytes) under {arguments.out}")
+    shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
+    print(f"{summary.samples:,} samples in {shards} ({summary.bytes:,} bytes) under {arguments.out}")
     for reason, count in sorted(summary.skipped.items()):
         print(f"left out: {count:,} × {reason}")
     if summary.report is not None:
