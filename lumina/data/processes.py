@@ -99,7 +99,7 @@ def _work(connection: Connection, function: Callable[[Any, Report], Any]) -> Non
     while True:
         try:
             job = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         try:
             answer = ("done", function(job, lambda count: connection.send(("report", count))))

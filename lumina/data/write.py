@@ -91,9 +91,17 @@ def write_shard(shard: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
     return shard
 
 
-def sample_bytes(member_sizes: Iterable[int]) -> int:
-    """Bytes of a sample in a shard that `write_shard` writes, given those of its members' contents."""
-    return sum(BLOCK + -(-size // BLOCK) * BLOCK for size in member_sizes)
+def sample_bytes(key: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of a sample in a shard that `write_shard` writes, given those of each member's content by extension."""
+    return sum(_header_bytes(f"{key}.{name}", size) + -(-size // BLOCK) * BLOCK for name, size in sizes.items())
+
+
+def _header_bytes(name: str, size: int) -> int:
+    if name.isascii() and len(name) <= tarfile.LENGTH_NAME and size < 8**11:
+        return BLOCK
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return len(info.tobuf(tarfile.PAX_FORMAT))
 
 
 def shard_bytes(sample_bytes: int) -> int:

@@ -15,9 +15,9 @@ from lumina.data.decode import IMAGE_EXTENSIONS
 MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, "mp4", "npy", "wav")
 """Files that become samples: pictures, videos, and audio or arrays."""
 
-# A tar header has 100 bytes for the name, of which the extension and the number of an equal key need some.
+# A tar header has 100 bytes for the name, of which the extension and the number of an equal key need some. Longer
+# names need a second header.
 _KEY_BYTES = 86
-_LARGEST = 8 * 2**30 - 1  # a tar header has eleven octal digits for the size
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Skips:
 
     def __init__(self, report: Path) -> None:
         self.report = report
+        self.reported = False  # whether the user was told of the report
         self.counts: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self._first: list[str] = []
@@ -70,9 +71,13 @@ class Skips:
         """
         self.close()
         if self.refused:
-            reasons = ", ".join(f"{count:,} × {reason}" for reason, count in self.refused.most_common())
+            self.reported = True
             first = ", ".join(self._first)
-            raise ValueError(f"{reasons}: {first}; all are listed in {self.report}; {mend}")
+            raise ValueError(f"{_counted(self.refused)}: {first}; all are listed in {self.report}; {mend}")
+
+    def summary(self) -> str:
+        """What was left out and allowed, by reason."""
+        return _counted(self.counts)
 
     def close(self) -> None:
         """Close the report; again is no error."""
@@ -135,8 +140,6 @@ def media_fault(path: str) -> tuple[str, str] | None:
         return "unreadable file", f"{path}: permission denied"
     if facts.st_size == 0:
         return "empty file", path
-    if facts.st_size > _LARGEST:
-        return "file of more than 8 GiB", path
     return None
 
 
@@ -187,6 +190,10 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
     for entry in entries:
         if entry.is_dir() and not entry.name.startswith("."):
             yield from _walk(entry.path, (*above, here))
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} × {reason}" for reason, count in counts.most_common())
 
 
 def _digest(key: str) -> bytes:

@@ -153,23 +153,27 @@ def _make(
         skips.settle(mend)
         if empty := [folder for folder, lines in plan.lines.items() if not len(lines)]:
             which = f" for {empty[0]}" if empty[0] else ""
-            left_out = f"; {sum(skips.counts.values())} were left out ({skips.report})" if skips.counts else ""
+            left_out = f"; left out: {skips.summary()}" if skips.counts else ""
             raise ValueError(f"there are no samples to write{which}{left_out}")
         journal.begin(asked, plan.digest.hexdigest())
         jobs = _jobs(plan, work / "set", out.name, layout)
         _write(jobs, journal, layout, progress)
         return _finish(out, work, jobs, documents, skips)
     except BaseException:
-        if not skips.refused:
-            skips.close()
+        skips.close()
+        if not skips.reported:
             skips.report.unlink(missing_ok=True)
         raise
 
 
 def _write(jobs: list[_Job], journal: "_Journal", layout: Layout, progress: Progress) -> None:
+    missing = [job for job in jobs if not journal.has(job)]
+    kept = {path for job in jobs if journal.has(job) for path in (job.shard, index_path(job.shard))}
     for folder in {job.shard.parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not journal.has(job)]
+        for path in folder.iterdir():
+            if path not in kept and path.is_file():
+                path.unlink()  # what a kill left half done
     total, left = sum(job.bytes for job in jobs), sum(job.bytes for job in missing)
     if missing:
         free = shutil.disk_usage(jobs[0].shard.parent).free
@@ -231,11 +235,14 @@ class _Plan:
         self.digest.update(folder.encode() + b"\0")
         for item in items:
             facts = os.stat(item.media)
-            texts = [text for text in (item.caption, item.fields) if text is not None]
-            planned = [keys.of(item.name), item.media, facts.st_size, facts.st_mtime_ns, item.caption, item.fields]
+            key = keys.of(item.name)
+            texts = {"txt": item.caption, "json": item.fields}
+            contents = {extension_of(item.media): facts.st_size}
+            contents |= {name: len(text.encode()) for name, text in texts.items() if text is not None}
+            planned = [key, item.media, facts.st_size, facts.st_mtime_ns, item.caption, item.fields]
             line = json.dumps(planned).encode() + b"\n"
             lines.append(self._at)
-            sizes.append(sample_bytes([facts.st_size, *(len(text.encode()) for text in texts)]))
+            sizes.append(sample_bytes(key, contents))
             self.digest.update(line)
             self._stream.write(line)
             self._at += len(line)

@@ -9,11 +9,12 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lumina.data.recipes.items import Item, Skips, caption_fault, located, media_fault
 from lumina.data.recipes.making import Layout, Progress, Summary, make_shards
 
+Row = tuple[str, Mapping[str, Any] | str]
 FORMATS = ("csv", "tsv", "json", "jsonl")
 
 
@@ -75,7 +76,7 @@ def table_to_shards(
     )
 
 
-def rows(table: Path, columns: list[str] | None = None) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+def rows(table: Path, columns: list[str] | None = None) -> Iterator[Row]:
     """("line 3" or "item 3", row) for each row, counted from 1 as in an editor; for a bad one a str, what is wrong.
 
     Args:
@@ -87,9 +88,7 @@ def rows(table: Path, columns: list[str] | None = None) -> Iterator[tuple[str, M
     """
     form = table.name.lower().removesuffix(".gz").rpartition(".")[2]
     if form not in FORMATS:
-        raise ValueError(
-            f"{table} is of no known format; its name ends in .{', .'.join(FORMATS)} or one of these and .gz"
-        )
+        raise ValueError(f"{table} is no .{', .'.join(FORMATS)} nor one of these with .gz behind; rename or convert it")
     opened = gzip.open if table.name.lower().endswith(".gz") else open
     try:
         # What is not UTF-8 is found row by row, so that it can be named.
@@ -102,7 +101,7 @@ def rows(table: Path, columns: list[str] | None = None) -> Iterator[tuple[str, M
         raise ValueError(f"{table} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _separated(text: TextIO, table: Path, columns: list[str]) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+def _separated(text: io.TextIOWrapper, table: Path, columns: list[str]) -> Iterator[Row]:
     tabs = table.name.lower().removesuffix(".gz").endswith(".tsv")
     with _long_fields():
         reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
@@ -129,7 +128,7 @@ def _separated(text: TextIO, table: Path, columns: list[str]) -> Iterator[tuple[
             yield f"line {line}", wrong or dict(zip(header, row, strict=True))
 
 
-def _json_lines(text: TextIO, table: Path, _: list[str]) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+def _json_lines(text: io.TextIOWrapper, table: Path, _: list[str]) -> Iterator[Row]:
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
@@ -138,7 +137,7 @@ def _json_lines(text: TextIO, table: Path, _: list[str]) -> Iterator[tuple[str, 
                 yield f"line {number}", f"it does not parse: {error}"
 
 
-def _json_list(text: TextIO, table: Path, _: list[str]) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+def _json_list(text: io.TextIOWrapper, table: Path, _: list[str]) -> Iterator[Row]:
     try:
         content = json.load(text)
     except (ValueError, RecursionError) as error:
