@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +47,34 @@ def test_errors(number: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as raised:
         list(run_jobs(job, [1, number, 2], 2, lambda count: None))
     assert str(raised.value) == message
+
+
+def test_a_long_job_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(
+        "import os, sys, time\n"
+        "from lumina.data.processes import run_jobs\n"
+        "def job(number, report):\n"
+        "    report(os.getpid())\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    list(run_jobs(job, [1, 2], 2, lambda pid: print(pid, flush=True)))\n"
+    )
+    caller = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")], stdout=subprocess.PIPE, text=True)
+    pids = [int(caller.stdout.readline()) for _ in range(2)]
+    caller.kill()
+    caller.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlive their caller"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_nothing_to_do_and_bad_numbers() -> None:
