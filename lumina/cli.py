@@ -274,7 +274,7 @@ def _data_index(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from lumina.data.index import index_shards
+    from lumina.data.indexing import index_shards
 
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -17,10 +17,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lumina.data.decode import IMAGE_EXTENSIONS, BadSampleError, decode
-from lumina.data.index import build_index, find_shards, index_path
+from lumina.data.find import find_shards
+from lumina.data.indexing import build_index
 from lumina.data.listing import missing_shards
 from lumina.data.processes import Report, run_jobs, usable_cores
-from lumina.data.shard_index import ShardIndex, open_index
+from lumina.data.shard_index import ShardIndex, index_path, open_index
+from lumina.data.sources import source_of
 from lumina.data.tarwalk import TarWalk
 
 NAMED = 10  # of each problem; the rest are counted
@@ -130,7 +132,7 @@ def _shards(patterns: Sequence[str | Path]) -> tuple[list[Path], list[Problem]]:
             what = "missing shard" if len(missing) == 1 else "missing shards"
             mend = "copy them from their source; if they are meant to be gone, delete their indexes and name the others"
             problems.append(Problem("error", str(pattern), what, len(missing), tuple(missing[:NAMED]), mend))
-    return find_shards(files), problems
+    return [source.path for source in find_shards(files)], problems
 
 
 def _index_of(shard: Path) -> ShardIndex | None:
@@ -237,7 +239,7 @@ def _recorded(shard: Path, result: _Result) -> ShardIndex | None:
 def _read_through(index: ShardIndex, shard: Path, names: Sequence[str], result: _Result, report: Report) -> None:
     """One pass over the tar: headers, members, SHA-256, contents."""
     expected = ((row, *member) for row in range(len(index)) for member in index.members(row))
-    walk, reported, wrong = TarWalk(shard), 0, []
+    walk, reported, wrong = TarWalk(source_of(shard)), 0, []
     hashes: dict[int, Any] = defaultdict(partial(blake2b, digest_size=8))
     try:
         for member in walk:

@@ -164,9 +164,8 @@ class Index:
         first_with: dict[str, Source] = {}
         for header in self.shards:
             if header.shard_sha256 in first_with:
-                raise ValueError(
-                    f"shards {first_with[header.shard_sha256]} and {header.source} hold the same bytes; name one of them"
-                )
+                first = first_with[header.shard_sha256]
+                raise ValueError(f"shards {first} and {header.source} hold the same bytes; name one of them")
             first_with[header.shard_sha256] = header.source
         names = [[(header.source.name, header.shard_sha256) for header in headers] for headers in ordered]
         self.hash = hashlib.sha256(repr(names[0] if len(names) == 1 else names).encode()).hexdigest()

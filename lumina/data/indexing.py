@@ -1,6 +1,5 @@
 """Making indexes: reading shards once from end to end, in several processes."""
 
-import io
 import multiprocessing
 import os
 import random

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from lumina.data.index import index_path
+from lumina.data.shard_index import index_path
 
 _INDEX = index_path(Path(".tar")).name
 

@@ -10,9 +10,9 @@ from lumina.data.buckets import buckets, nearest_bucket
 from lumina.data.decode import View
 from lumina.data.lanes import PlannedSample
 from lumina.data.order import random_words
+from lumina.data.shard_index import KINDS
 
-IMAGE, VIDEO, AUDIO, LATENT = range(4)
-KINDS = ("image", "video", "audio", "latent")
+IMAGE, VIDEO, AUDIO, LATENT = map(KINDS.index, ("image", "video", "audio", "latent"))
 
 
 class Shapes(NamedTuple):
@@ -80,13 +80,14 @@ class Sizing:
     def _viewed(self, height: np.ndarray, width: np.ndarray, resolution: int | None) -> tuple[np.ndarray, np.ndarray]:
         if resolution is None:
             return height // self.multiple * self.multiple, width // self.multiple * self.multiple
-        table = np.array(buckets(resolution // self.multiple), np.int64) * self.multiple
+        choice = buckets(resolution // self.multiple)
+        table = np.array(choice, np.int64) * self.multiple
         known = (height > 0) & (width > 0)
         # Pictures have few sizes, and each is looked up once.
         pairs, inverse = np.unique(np.stack((height, width), -1)[known], axis=0, return_inverse=True)
         rows, columns = np.zeros_like(height), np.zeros_like(width)
         if len(pairs):
-            found = table[nearest_bucket(pairs[:, 0], pairs[:, 1], table)][inverse.ravel()]
+            found = table[nearest_bucket(pairs[:, 0], pairs[:, 1], choice)][inverse.ravel()]
             rows[known], columns[known] = found.T
         return rows, columns
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from webdataset import TarWriter
 
-from lumina.data.index import build_index
+from lumina.data.indexing import build_index
 from lumina.data.tarwalk import BLOCK
 
 

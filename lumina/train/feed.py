@@ -1,4 +1,4 @@
-"""The packs of each step, for all ranks of a replica: one reads, decodes and encodes, the others are sent the outcome."""
+"""The packs of each step, for all ranks of a replica: one reads, decodes and encodes, the others are sent it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from lumina.data.check import check_shards
-from lumina.data.index import index_path
 from lumina.data.recipes.folder import folder_to_shards
 from lumina.data.recipes.making import Layout
+from lumina.data.shard_index import index_path
 from lumina.data.write import write_shards
 from tests.data.pictures import captioned, digit_png, files
 

@@ -17,12 +17,14 @@ from safetensors.numpy import save
 
 from lumina.cli import main
 from lumina.data.decode import BadSampleError
-from lumina.data.index import Index, build_index, find_shards, index_path, index_shards
-from lumina.data.indexing import KIND_OF_EXTENSION
+from lumina.data.find import find_shards
+from lumina.data.index import Index
+from lumina.data.indexing import KIND_OF_EXTENSION, build_index, index_shards
 from lumina.data.shard_index import (
     COLUMNS,
     KINDS,
     DamagedIndexError,
+    index_path,
     index_path_in,
     open_header,
     open_headers,

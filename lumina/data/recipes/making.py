@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from lumina.data.index import index_path
 from lumina.data.order import permutation, random_words
 from lumina.data.processes import Report, run_jobs, usable_cores
 from lumina.data.recipes.items import Item, Keys, Skips, extension_of
+from lumina.data.shard_index import index_path
 from lumina.data.write import cut_into_shards, sample_bytes, shard_bytes, sync_folder, write_shard
 
 Source = Callable[[Skips], Iterable[Item]]
