@@ -45,7 +45,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "audio": ["librosa>=0.10", "soundfile>=0.12"],
+        "audio": ["librosa>=0.10", "scipy>=1.11", "soundfile>=0.12"],
         "video": ["av>=12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],
