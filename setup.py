@@ -49,7 +49,7 @@ setup(
         "gpu": ["flash-attn>=2.7"],
         "s3": ["s3fs>=2024"],
         "gcs": ["gcsfs>=2024"],
-        "audio": ["librosa>=0.10", "soundfile>=0.12"],
+        "audio": ["librosa>=0.10", "scipy>=1.11", "soundfile>=0.12"],
         "video": ["av>=12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],

@@ -20,7 +20,7 @@ _ZEROS = 32  # of the low-pass filter, on either side of its middle
 
 
 def audio_duration(data: bytes) -> float:
-    """Seconds, from the header where it says; `BadSampleError` where that cannot be read."""
+    """Seconds, from the header; `BadSampleError` where that cannot be read."""
     with _Reader(data) as file:
         return file.frames / file.rate
 
