@@ -1,8 +1,6 @@
 """Checking shards: every byte against the indexes, and what no single shard can show."""
 
-import json
 import os
-import shutil
 import tempfile
 import zlib
 from collections import defaultdict
@@ -14,15 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lumina.data.decode import IMAGE_EXTENSIONS, BadSampleError, decode
 from lumina.data.find import find_shards
 from lumina.data.indexing import build_index
 from lumina.data.listing import missing_shards
 from lumina.data.processes import Report, run_jobs, usable_cores
-from lumina.data.shard_index import ShardIndex, index_path, open_index
-from lumina.data.sources import source_of
+from lumina.data.shard_index import DamagedIndexError, ShardIndex, index_path, open_index, parse_header
+from lumina.data.sources import LocalSource, source_of
 from lumina.data.tarwalk import TarWalk
 
 NAMED = 10  # of each problem; the rest are counted
@@ -135,19 +132,6 @@ def _shards(patterns: Sequence[str | Path]) -> tuple[list[Path], list[Problem]]:
     return [source.path for source in find_shards(files)], problems
 
 
-def _index_of(shard: Path) -> ShardIndex | None:
-    """The index beside a shard even where the shard was touched after it, None if it is damaged or of another size."""
-    with tempfile.TemporaryDirectory(prefix="lumina-check-") as folder:
-        # A shard that was copied without its date is newer than its index; what the index says of it still holds, and
-        # tells whether the copy is whole.
-        link = Path(folder) / shard.name
-        link.symlink_to(shard.absolute())
-        copy = Path(shutil.copyfile(index_path(shard), index_path(link)))
-        date = shard.stat().st_mtime_ns
-        os.utime(copy, ns=(date, date))
-        return open_index(link)
-
-
 def _fresh_index(shard: Path) -> ShardIndex:
     """An index of the shard as it is, nothing being written beside it; `ValueError` if the shard is damaged."""
     with tempfile.TemporaryDirectory(prefix="lumina-check-") as folder:
@@ -204,7 +188,7 @@ def _check_into(result: _Result, report: Report, decoded: bool) -> None:
     result.contents = np.zeros(len(names), np.uint64)
     _read_through(index, shard, names, result, report)
     if not fresh and not any(problem.level == "error" for problem in result.problems):
-        if result.sha256 != index.shard_sha256:
+        if result.sha256 != index.header.shard_sha256:
             result.add("error", "its SHA-256 is not that of its index, though all members are", _COPY)
         elif index_path(shard).stat().st_mtime_ns < shard.stat().st_mtime_ns:
             what = "the index is older than the shard, but describes it; training would build it anew"
@@ -220,19 +204,18 @@ def _recorded(shard: Path, result: _Result) -> ShardIndex | None:
     if not path.is_file():
         result.add("warning", "it has no index, so that only its form could be checked", build)
         return None
-    index = _index_of(shard)
-    if index is not None:
-        return index
+    # A shard that was copied without its date is newer than its index; what the index says of it still holds, and tells
+    # whether the copy is whole.
+    header = parse_header(LocalSource(shard), LocalSource(path))
+    if header is not None and header.shard_size != result.bytes:
+        result.add("error", f"it has {result.bytes:,} bytes, its index says {header.shard_size:,}", _COPY)
+        return None
     try:
-        with safe_open(path, framework="np") as stored:
-            size = json.loads((stored.metadata() or {}).get("index", "{}")).get("shard_size")
-    except (SafetensorError, json.JSONDecodeError):
-        size = None
-    if size in (None, result.bytes):
-        build = f"once the shard is known to be good, {build}"
-        result.add("error", "its index is damaged or of another version", build)
-    else:
-        result.add("error", f"it has {result.bytes:,} bytes, its index says {size:,}", _COPY)
+        if header is not None:
+            return header.open().checked()
+    except DamagedIndexError:
+        header = None
+    result.add("error", "its index is damaged or of another version", f"once the shard is known to be good, {build}")
     return None
 
 
@@ -366,8 +349,8 @@ class _Names:
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         if shard not in self._indexes:
             path = self.results[shard].shard
-            recorded = _index_of(path) if index_path(path).is_file() else None
-            self._indexes[shard] = recorded or _fresh_index(path)
+            scratch = _Result(path, path.stat().st_size)  # its problems are known already
+            self._indexes[shard] = _recorded(path, scratch) or _fresh_index(path)
         key = self._indexes[shard].key(sample - int(self.starts[shard]))
         return f"{key} ({self.results[shard].shard.name})"
 

@@ -115,15 +115,20 @@ class ShardReader:
         source = header.source
         try:
             if shard not in self._sources:
-                self._sources[shard] = source
-                if not source.remote and source.size() != header.shard_size:
+                if not source.remote and self._changed(header):
                     raise MissingSourceError
+                self._sources[shard] = source
                 if len(self._sources) > _OPEN_SOURCES:
                     self._sources.popitem(last=False)[1].close()
             self._sources.move_to_end(shard)
             return source.read(offset, size) if self._cache is None else self._cache.read(source, offset, size)
         except MissingSourceError as error:
             raise ValueError(f"shard {source} was removed or changed while it was in use") from error
+
+    def _changed(self, header: ShardHeader) -> bool:
+        """Whether a local shard is another than when its header was read."""
+        now = open_header(header.source, self.access.index_dir)
+        return now is None or now.shard_sha256 != header.shard_sha256
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,10 @@ class Index:
             for i, name in enumerate(Shapes._fields):
                 found[i, here] = columns[name][rows]
         return Shapes(*found)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of all samples (`SAMPLE_COLUMNS`), (N,): for tools, as it grows with the samples."""
+        return np.concatenate([header.open().columns[name] for header in self.shards])
 
     def key(self, sample_id: int) -> str:
         """Key of a sample, unique within its shard."""

@@ -161,8 +161,9 @@ class Loader:
         sizes = np.stack(self._sizing.sizes(shapes, stage), -1).tolist()
         requests = []
         for place, size, kind in zip(pack, sizes, shapes.kind.tolist(), strict=True):
-            view = None if kind == LATENT else self._sizing.view(place, tuple(size), stage)
-            requests.append(Request(place.sample_id, view, self._sizing.crop(place)))
+            usable = size[0] > 0
+            view = self._sizing.view(place, tuple(size), stage) if usable and kind != LATENT else None
+            requests.append(Request(place.sample_id, view, self._sizing.crop(place), usable))
         return requests
 
     def _sample(self, place: PlannedSample, raw: RawSample | str) -> Sample:

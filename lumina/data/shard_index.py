@@ -143,6 +143,12 @@ class ShardIndex:
         """The shard."""
         return self.header.source
 
+    def checked(self) -> "ShardIndex":
+        """The same with all columns read; `DamagedIndexError` if one of them is damaged."""
+        for name in COLUMNS:
+            self.columns[name]
+        return self
+
     def __len__(self) -> int:
         return self.header.samples
 
@@ -193,7 +199,7 @@ def open_header(source: Source | str | Path, index_dir: str | Path | None = None
     header = _in_folder(source, index_dir) if index_dir is not None else None
     if header is None and (index := source.beside(index_path(Path(source.name)).name)) is not None:
         try:
-            header = _parsed(source, index)
+            header = parse_header(source, index)
         except MissingSourceError:
             return None
         if header is not None and header.identity is None:
@@ -216,15 +222,12 @@ def open_index(source: Source | str | Path, index_dir: str | Path | None = None)
     header = open_header(source, index_dir)
     if header is None:
         return None
-    opened = header.open()
     try:
-        for name in COLUMNS:
-            opened.columns[name]
+        return header.open().checked()
     except DamagedIndexError:
         return None
     finally:
         header.index.close()
-    return opened
 
 
 def _beside_local(source: LocalSource) -> ShardHeader | None:
@@ -234,18 +237,18 @@ def _beside_local(source: LocalSource) -> ShardHeader | None:
             return None
     except FileNotFoundError:
         return None
-    header = _parsed(source, LocalSource(path))
+    header = parse_header(source, LocalSource(path))
     return header if header is not None and header.shard_size == stat.st_size else None
 
 
 def _in_folder(source: Source, index_dir: str | Path) -> ShardHeader | None:
     path = index_path_in(index_dir, source)
-    header = _parsed(source, LocalSource(path)) if path.is_file() else None
+    header = parse_header(source, LocalSource(path)) if path.is_file() else None
     return header if header is not None and header.identity == source.identity() else None
 
 
-def _parsed(source: Source, index: Source) -> ShardHeader | None:
-    """The header in an index file; None where it is of another version or damaged."""
+def parse_header(source: Source, index: Source) -> ShardHeader | None:
+    """The header in an index file, whether or not the shard is still as it says; None if it is damaged or too old."""
     try:
         size = index.size()
         text = index.read(0, min(size, _FIRST_READ))

@@ -31,14 +31,17 @@ NULL_TEXT = "text.null.npy"
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a sample: a view of its picture or video, or, without one, a crop of its latents.
+    """What is wanted of a sample.
 
-    crop: in [0, 1): which of the crops.
+    view: of its picture or video; without one, latents.
+    crop: in [0, 1): which of the crops of the latents.
+    usable: false where its header was bad or it is smaller than a patch: it is read to say which.
     """
 
     sample_id: int
     view: View | None
     crop: float = 0.0
+    usable: bool = True
 
 
 @dataclass
@@ -76,6 +79,9 @@ class PackDecoder:
     def _one(self, request: Request) -> RawSample | str:
         try:
             members = self.reader.read(request.sample_id)
+            if not request.usable:
+                found = probe(members)  # its header may be what is wrong
+                raise BadSampleError(f"{found.kind} of {found.height}×{found.width} does not make one whole patch")
             fields = parse_json(members)
             texts = (load_text_features(members), None)
             if texts[0] is not None:
@@ -84,9 +90,6 @@ class PackDecoder:
                 texts = (texts[0], load_text_features({"text.npy": members[NULL_TEXT]}))
             said = (caption_of(members, fields), label_of(fields), _encoders(fields))
             if request.view is not None:
-                if request.view.height == 0:
-                    probe(members)  # its header may be what is wrong
-                    raise BadSampleError("picture is smaller than one patch")
                 decoded = decode_view(members, request.view, self.channels)
                 return RawSample(decoded.pixels.numpy(), None, *texts, *said)
             crops = load_latent(members)

@@ -94,7 +94,9 @@ class ShardEncoder:
             raise ValueError(f"{self._index.name(ids[0])} holds latents already; encode the pictures they came from")
         sizes = np.stack(self._sizing.sizes(shapes, 0), -1).tolist()
         return [
-            Request(i, self._sizing.view(PlannedSample(i, crop), tuple(size), 0))
+            Request(
+                i, self._sizing.view(PlannedSample(i, crop), tuple(size), 0) if size[0] else None, usable=size[0] > 0
+            )
             for i, size in zip(ids, sizes, strict=True)
             for crop in range(self._crops)
         ]

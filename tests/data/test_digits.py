@@ -33,8 +33,8 @@ def test_pictures_are_exactly_those_of_scikit_learn(digits: Path) -> None:
     truth = load_digits()
     index = Index.open([digits])
     assert len(index) == 1797
-    assert index.labels.tolist() == truth.target.tolist()
-    assert set(index.heights.tolist()) == set(index.widths.tolist()) == {8}
+    assert index.column("label").tolist() == truth.target.tolist()
+    assert set(index.column("height").tolist()) == set(index.column("width").tolist()) == {8}
     used = set()
     for number in range(len(index)):
         members = index.read(number)

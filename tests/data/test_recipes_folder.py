@@ -70,8 +70,8 @@ def test_captions_of_json_and_everything_that_is_left_out(tmp_path: Path) -> Non
         "deep/er/d.txt": b"of d",
     }
     index = Index.open([tmp_path / "out"])
-    assert index.labels.tolist() == [3, -1, -1, -1]
-    assert index.caption_lengths.tolist() == [4, 4, 4, 4]
+    assert index.column("label").tolist() == [3, -1, -1, -1]
+    assert index.column("caption_length").tolist() == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_captions_from_names_and_labels_from_folders(tmp_path: Path) -> None:
         labels = {name: json.loads(text)["label"] for name, text in content if name.endswith("json")}
         assert labels == {"a_dog/three.json": 0, "b_cat/two.json": 1, "b_cat/x/one_red.json": 2}
         assert json.loads((out / "classes.json").read_text()) == ["a dog", "b_cat", "x"]
-        assert Index.open([out]).labels.tolist() == [0, 1, 2]
+        assert Index.open([out]).column("label").tolist() == [0, 1, 2]
     digit_png(1, tmp_path / "src" / "loose.png")
     with pytest.raises(ValueError, match=r"files lie in .*src itself"):
         folder_to_shards(tmp_path / "src", tmp_path / "new", caption_from="none", **options)
@@ -162,7 +162,8 @@ def test_keys_are_unique_and_fit_a_tar(tmp_path: Path) -> None:
     assert {"x", "x-2", "x-3", "x_y", "x_y-2", "x_y-3", "新", "raw_"} < set(keys)
     assert all(len(f"{key}.jpeg".encode()) <= 100 and "." not in key for key in keys)
     assert {tuple(sorted(Image.open(source / name).size)) for name in names} == {
-        tuple(sorted(size)) for size in zip(index.widths.tolist(), index.heights.tolist(), strict=True)
+        tuple(sorted(size))
+        for size in zip(index.column("width").tolist(), index.column("height").tolist(), strict=True)
     }
 
 

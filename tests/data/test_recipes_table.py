@@ -53,7 +53,7 @@ def test_every_format(tmp_path: Path, name: str) -> None:
             ("txt", text.encode()),
         )
     }
-    assert Index.open([tmp_path / "out"]).labels.tolist() == [3, 2, 1, 0]
+    assert Index.open([tmp_path / "out"]).column("label").tolist() == [3, 2, 1, 0]
 
 
 def test_root_absolute_paths_and_one_file_with_two_captions(tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_root_absolute_paths_and_one_file_with_two_captions(tmp_path: Path) -> N
 def test_captions_alone_or_labels_alone(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", rows(tmp_path))
     make(table, tmp_path / "captions", label=None)
-    assert set(Index.open([tmp_path / "captions"]).labels.tolist()) == {-1}
+    assert set(Index.open([tmp_path / "captions"]).column("label").tolist()) == {-1}
     make(table, tmp_path / "labels", caption=None)
-    assert set(Index.open([tmp_path / "labels"]).caption_lengths.tolist()) == {-1}
+    assert set(Index.open([tmp_path / "labels"]).column("caption_length").tolist()) == {-1}
     with pytest.raises(ValueError, match="a caption or a label; name the column by --caption or --label"):
         make(table, tmp_path / "neither", caption=None, label=None)
 

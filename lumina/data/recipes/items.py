@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from lumina.data.decode import IMAGE_EXTENSIONS
+from lumina.data.decode import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, "mp4", "npy", "wav")
-"""Files that become samples: pictures, videos, and audio or arrays."""
+MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS, "npy")
+"""Files that become samples: pictures, videos, sounds, and arrays of pixels."""
 
 # A tar header has 100 bytes for the name, of which the extension and the number of an equal key need some. Longer
 # names need a second header.
