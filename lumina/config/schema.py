@@ -36,17 +36,25 @@ class FlowConfig(Section):
 class TextConfig(Section):
     """The frozen text encoder."""
 
-    encoder: str = Field("bytes", description="`bytes`, or a transformers text model by name or folder")
+    encoder: str = Field(
+        "bytes",
+        description="`bytes`, a transformers text model by name or folder, or `none`: features made beforehand",
+    )
     layer: int = Field(-1, description="which hidden state: -1 the last, -2 the one before, …")
     max_tokens: int = Field(128, ge=1, description="captions are cut to this many tokens")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision the encoder runs in")
-    width: int = Field(64, ge=8, description="feature width of `bytes`; a transformers model brings its own")
+    width: int = Field(64, ge=8, description="feature width of `bytes` and `none`; a transformers model brings its own")
 
 
 class VaeConfig(Section):
     """The frozen image autoencoder."""
 
-    model: str = Field("identity", description="`identity` for pixels, or a diffusers AutoencoderKL by name or folder")
+    model: str = Field(
+        "identity",
+        description="`identity` for pixels, a diffusers AutoencoderKL by name or folder, or `none` for latents made "
+        "beforehand",
+    )
+    factor: int = Field(8, ge=1, description="of `none`: pixels that a row of latents stands for")
     scale: float | None = Field(None, gt=0, description="latents are (z - shift) * scale; null takes the model's own")
     shift: float | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"

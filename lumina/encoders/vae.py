@@ -113,7 +113,7 @@ class Vae(ABC):
 
 
 def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = "cpu") -> Vae:
-    """The autoencoder `config.model` names: `identity`, or a diffusers AutoencoderKL by hub name or folder.
+    """The autoencoder `config.model` names: `identity`, `none`, or a diffusers AutoencoderKL by hub name or folder.
 
     `in_channels` are the diffusion model's, which the latents must have.
 
@@ -122,6 +122,8 @@ def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = 
     """
     if config.model == "identity":
         return IdentityVae(config, in_channels, device)
+    if config.model == "none":
+        return NoVae(config, in_channels, device)
     return DiffusersVae(config, in_channels, device)
 
 
@@ -150,6 +152,26 @@ class IdentityVae(Vae):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return latents
+
+
+class NoVae(Vae):
+    """In the place of an autoencoder where all latents were made beforehand: it knows sizes, and neither way."""
+
+    def __init__(self, config: VaeConfig, in_channels: int, device: str | torch.device = "cpu"):
+        self.factor, self.latent_channels, self.pixel_channels = config.factor, in_channels, 3
+        self._device, self._dtype, self._scale, self._shift = torch.device(device), torch.float32, 1.0, 0.0
+
+    def describe(self) -> str:
+        return f"none (latents made beforehand, {self.factor} pixels each, {self.latent_channels} channels)"
+
+    def enable_memory_saving(self) -> None:
+        return
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
+        raise ValueError("vae.model=none takes latents made by `lumina data encode`, not pixels; name an autoencoder")
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        raise ValueError("vae.model=none makes no pictures of latents; name the autoencoder that made them")
 
 
 # Scales of published autoencoders, by the last part of their name, for their configs lack or misstate them: a config

@@ -171,7 +171,13 @@ class Captions:
 
     @staticmethod
     def of(features: Float[Tensor, "s width"], lengths: tuple[int, ...]) -> "Captions":
-        """Captions of these lengths one after another."""
+        """Captions of these lengths one after another.
+
+        Raises:
+            ValueError: for one of no tokens.
+        """
+        if 0 in lengths:
+            raise ValueError(f"caption {lengths.index(0)} of the batch has no tokens; an empty one keeps a null token")
         return Captions(features, lengths, torch.repeat_interleave(torch.tensor(lengths)).to(features.device))
 
     def to(self, *, dtype: torch.dtype) -> "Captions":

@@ -48,7 +48,7 @@ class Encoded:
     """Samples as the encoders leave them, whole: the same for all ranks that work on them."""
 
     identities: tuple[Identity, ...]
-    latents: list[Float[Tensor, "f c h w"]]
+    latents: list[Tensor]  # (F, C, H, W) each
     captions: Captions | None
     labels: Int[Tensor, "n"] | None
 
@@ -161,7 +161,7 @@ class Preparer:
         labels = [none if drop else self._label(sample) for sample, drop in zip(samples, dropped, strict=True)]
         return None, torch.tensor(labels, device=self._device)
 
-    def _features(self, samples: Sequence[TrainingSample], dropped: Sequence[bool]) -> list[Float[Tensor, "l width"]]:
+    def _features(self, samples: Sequence[TrainingSample], dropped: Sequence[bool]) -> list[Tensor]:
         """Of each sample's caption, or of the empty one where it is dropped: made beforehand, or now."""
         features: dict[int, Tensor] = {}
         captions: dict[int, str] = {}
