@@ -185,17 +185,18 @@ class Index:
     def open(
         cls,
         sets: Sequence[DataSet | str | Path],
-        build_missing: bool = True,
         access: Access | None = None,
+        *,
+        build_missing: bool = True,
         progress: Callable[[int], object] | None = None,
     ) -> "Index":
         """Open the data sets that `sets` name; paths and patterns alone are one set.
 
         Args:
             sets: patterns as in `data.shards`, or data sets.
+            access: how remote shards are reached.
             build_missing: build an index that is missing or does not match its shard, which reads the whole shard;
                 otherwise refuse. Of several ranks let one open with True before the others.
-            access: how remote shards are reached.
             progress: called with the number of shards opened so far.
 
         Raises:

@@ -77,19 +77,8 @@ def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh, lanes: int | None
             )
     index = open_index(config.data, mesh)
     sizing = sizing_of(config, model, vae)
-    tokens_of = _checked_lengths(index, sizing, config, model, vae)
+    plan = plan_of(config, model, vae, index, sizing, lanes)
     _check_conditions(index, model)
-    plan = Plan(
-        index.starts,
-        index.weights,
-        tokens_of,
-        tokens_per_pack=config.train.tokens_per_pack,
-        global_batch_packs=config.train.global_batch_packs,
-        lanes=lanes or config.data.lanes or config.train.global_batch_packs,
-        window=config.data.shuffle_window,
-        seed=config.run.seed,
-        stage_of=sizing.stage_of,
-    )
     return Parts(model, objective, vae, text, index, plan, sizing, accumulation_steps(config, mesh.data.size))
 
 
@@ -99,9 +88,13 @@ def open_index(data: DataConfig, mesh: Mesh) -> Index:
     Raises:
         ValueError: as `Index.open`.
     """
+    return first_then_others(mesh, lambda first: Index.open(*sets_of(data), build_missing=first))
+
+
+def sets_of(data: DataConfig) -> tuple[list[DataSet], Access]:
+    """The data sets that the settings name, and how their shards are reached."""
     sets = [DataSet(one.shards, one.weight) for one in data.sets] or [DataSet(data.shards)]
-    access = Access(data.cache_dir, int(data.cache_gb * 1e9), data.index_dir, tuple(data.pipe_programs))
-    return first_then_others(mesh, lambda first: Index.open(sets, build_missing=first, access=access))
+    return sets, Access(data.cache_dir, int(data.cache_gb * 1e9), data.index_dir, tuple(data.pipe_programs))
 
 
 def sizing_of(config: Config, model: FlagDiTConfig, vae: Vae) -> Sizing:
@@ -119,6 +112,27 @@ def sizing_of(config: Config, model: FlagDiTConfig, vae: Vae) -> Sizing:
         data.crop == "random",
         data.flip,
         config.run.seed,
+    )
+
+
+def plan_of(
+    config: Config, model: FlagDiTConfig, vae: Vae, index: Index, sizing: Sizing, lanes: int | None = None
+) -> Plan:
+    """The plan of a run; `lanes` as in `assemble`.
+
+    Raises:
+        ValueError: where no sample can be used, one is longer than a pack, or of a kind that is not trained on.
+    """
+    return Plan(
+        index.starts,
+        index.weights,
+        _checked_lengths(index, sizing, config, model, vae),
+        tokens_per_pack=config.train.tokens_per_pack,
+        global_batch_packs=config.train.global_batch_packs,
+        lanes=lanes or config.data.lanes or config.train.global_batch_packs,
+        window=config.data.shuffle_window,
+        seed=config.run.seed,
+        stage_of=sizing.stage_of,
     )
 
 

@@ -1,7 +1,11 @@
 """`lumina data encode`: what the frozen encoders make of a data set, written once, so that training needs neither."""
 
+import argparse
 import io
 import json
+import os
+import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumina.config.schema import Config
+from lumina.checkpoint.load import model_config
+from lumina.config.load import load_config
 from lumina.data.decode import BadSampleError
 from lumina.data.index import Index
 from lumina.data.lanes import PlannedSample
+from lumina.data.loader import bad_budget
+from lumina.data.shard_index import index_path
 from lumina.data.sizing import LATENT, Sizing
 from lumina.data.workers import PackDecoder, RawSample, Request, decoded_in_order
 from lumina.data.write import write_shard
-from lumina.encoders.text import TextEncoder
-from lumina.encoders.vae import Vae
+from lumina.encoders.text import TextEncoder, build_text_encoder
+from lumina.encoders.vae import Vae, build_vae
 from lumina.parallel.mesh import World
+from lumina.train.assemble import sets_of, sizing_of
 
+_DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+_VIEWED_BY = ("resolution", "crop", "flip", "frames", "frame_step")
 _AT_ONCE = 16
 """Samples that are decoded, and encoded, together."""
 
@@ -143,46 +153,64 @@ class ShardEncoder:
         return stream.getvalue()
 
 
-def encode_shards(
-    config: Config,
-    out: Path,
-    encoder: ShardEncoder,
-    index: Index,
-    world: World,
-    say: Callable[[str], object],
-) -> tuple[int, int]:
-    """This rank's shards of all: those that are not there yet. Returns (samples written, samples left out).
+def encode(arguments: argparse.Namespace) -> None:
+    """The verb: this rank's share of the shards, those that are not there yet.
 
     Raises:
-        ValueError: `out` holds what other encoders or data made.
+        ValueError: the folder holds what other encoders or data made, or more samples cannot be read than
+            data.bad_samples allows.
     """
-    facts = encoder.facts | {"data": index.hash, "resolution": config.data.resolution, "crop": config.data.crop}
-    _same_work(out, facts)
-    written = left_out = 0
+    config = load_config(arguments.config, arguments.overrides)
+    model, world = model_config(config), World.from_environment()
+    if config.data.stages:
+        raise ValueError("data.stages: encode each resolution into a folder of its own, by data.resolution")
+    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    vae = build_vae(config.vae, model.in_channels, device)
+    text = build_text_encoder(config.text, device) if config.text is not None else None
+    index = Index.open(*sets_of(config.data))
+    encoder = ShardEncoder(
+        index,
+        sizing_of(config, model, vae),
+        vae,
+        text,
+        crops=arguments.crops,
+        dtype=_DTYPES[arguments.dtype],
+        workers=config.data.workers,
+    )
+    out = Path(arguments.out)
+    _same_work(out, encoder.facts | {"data": index.hash, **config.data.model_dump(include=set(_VIEWED_BY))})
+    seen = written = left_out = 0
     for shard in range(world.rank, len(index.shards), world.size):
         name = index.shards[shard].source.name
         # Two sets may hold shards of one name.
         target = out / f"{name.removesuffix('.tar')}-{shard:06d}.tar"
-        if target.is_file():
+        if target.is_file() and index_path(target).is_file():
             continue
         reasons: dict[str, str] = {}
         written += encoder.encode(shard, target, reasons.__setitem__)
-        left_out += len(reasons)
+        left_out, seen = left_out + len(reasons), seen + len(index.shards[shard])
         for key, reason in reasons.items():
-            say(f"sample {key} of {name} is left out: {reason}")
-        say(f"{target.name} is written")
-    return written, left_out
+            print(f"sample {key} of {name} is left out: {reason}", file=sys.stderr)
+        if left_out > bad_budget(config.data.bad_samples, seen, len(index)):
+            raise ValueError(
+                f"{left_out} of {seen} samples cannot be read, more than data.bad_samples={config.data.bad_samples} "
+                f"allows; the last is sample {key} of {name}: {reason}"
+            )
+        print(f"{target.name} is written", file=sys.stderr)
+    print(f"{written:,} samples encoded into {out}" + (f", {left_out:,} left out" if left_out else ""))
 
 
 def _same_work(out: Path, facts: dict[str, Any]) -> None:
     path = out / "encoding.json"
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
+    # Complete or not at all, and of several ranks the first: a link to what is written already.
+    part = path.with_name(f".encoding-{secrets.token_hex(4)}.part")
+    part.write_text(text)
     try:
-        with path.open("x") as stream:
-            stream.write(text)
+        os.link(part, path)
     except FileExistsError:
-        before = json.loads(path.read_text() or "{}")
+        before = json.loads(path.read_text())
         changed = [key for key in facts if before.get(key) != facts[key]]
         if changed:
             key = changed[0]
@@ -190,3 +218,5 @@ def _same_work(out: Path, facts: dict[str, Any]) -> None:
                 f"{out} was made with {key}={before.get(key)!r}, not {facts[key]!r}; go on with that, or name another "
                 "folder"
             ) from None
+    finally:
+        part.unlink()
