@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
@@ -17,6 +17,7 @@ from lumina.data.decode import (
     View,
     caption_of,
     decode_view,
+    encoders_of,
     label_of,
     load_latent,
     load_text_features,
@@ -24,9 +25,6 @@ from lumina.data.decode import (
     probe,
 )
 from lumina.data.index import ShardReader
-
-NULL_TEXT = "text.null.npy"
-"""The member with the features of the empty caption."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,12 @@ class PackDecoder:
             members = self.reader.read(request.sample_id)
             if not request.usable:
                 found = probe(members)  # its header may be what is wrong
+                if found.kind == "audio":
+                    raise BadSampleError("sound is not trained on")
                 raise BadSampleError(f"{found.kind} of {found.height}×{found.width} does not make one whole patch")
             fields = parse_json(members)
-            texts = (load_text_features(members), None)
-            if texts[0] is not None:
-                if NULL_TEXT not in members:
-                    raise BadSampleError(f"features of the caption (.text.npy) without .{NULL_TEXT}, of the empty one")
-                texts = (texts[0], load_text_features({"text.npy": members[NULL_TEXT]}))
-            said = (caption_of(members, fields), label_of(fields), _encoders(fields))
+            texts = load_text_features(members) or (None, None)
+            said = (caption_of(members, fields), label_of(fields), encoders_of(fields))
             if request.view is not None:
                 decoded = decode_view(members, request.view, self.channels)
                 return RawSample(decoded.pixels.numpy(), None, *texts, *said)
@@ -96,13 +92,6 @@ class PackDecoder:
             return RawSample(None, crops[int(request.crop * len(crops))], *texts, *said)
         except BadSampleError as error:
             return str(error)
-
-
-def _encoders(fields: Mapping[str, object]) -> dict[str, str | None]:
-    encoders = fields.get("encoders", {})
-    if not isinstance(encoders, dict) or not all(isinstance(name, str | None) for name in encoders.values()):
-        raise BadSampleError(f'"encoders" in .json must be an object of names, not {encoders!r:.100}')
-    return encoders
 
 
 @dataclass(frozen=True)
