@@ -1,7 +1,6 @@
 """The verbs of `lumina data`. One thin function each; torch and the rest of the house are imported inside it."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +147,7 @@ def _data_index(arguments: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from lumina.data.indexing import index_shards
+    from lumina.data.processes import usable_cores
 
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -155,7 +155,7 @@ def _data_index(arguments: argparse.Namespace) -> None:
         count = index_shards(
             arguments.shards,
             lambda done, total: progress.update(task, completed=done, total=total),
-            workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+            workers=usable_cores() if arguments.workers is None else arguments.workers,
             index_dir=arguments.index_dir,
             pipe_programs=arguments.allow_pipe,
         )
@@ -249,6 +249,8 @@ def _data_check(arguments: argparse.Namespace) -> None:
         )
     print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.as_text())
     if report.errors:
+        from lumina.cli import EXIT_FAILED
+
         raise SystemExit(EXIT_FAILED)
 
 

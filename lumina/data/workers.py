@@ -1,12 +1,8 @@
 """Decoding packs ahead in background processes, in order."""
 
-import multiprocessing
-import os
-import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -25,6 +21,7 @@ from lumina.data.decode import (
     probe,
 )
 from lumina.data.index import ShardReader
+from lumina.data.processes import end_with_the_caller, process_context
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,10 @@ def decoded_in_order(
             sampler=packs,
             batch_size=None,
             collate_fn=_as_it_is,
-            worker_init_fn=_end_with_the_trainer,
+            worker_init_fn=_begin,
             num_workers=workers,
             prefetch_factor=2,
-            multiprocessing_context=_context(),
+            multiprocessing_context=process_context(),
             # Its own, lest it draw from the trainer's random state.
             generator=torch.Generator(),
         )
@@ -160,27 +157,9 @@ def decoded_in_order(
         running._shutdown_workers()
 
 
-def _end_with_the_trainer(_: int) -> None:
-    # torch's own watch looks for a change of the parent process, but a worker's parent is the fork server, which lives
-    # as long as its workers do: without this a killed trainer would leave both behind for ever.
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+def _begin(_: int) -> None:
+    end_with_the_caller()  # torch's own watch looks for a change of the parent process, which is the fork server
 
 
 def _as_it_is(pack: list[RawSample | str]) -> list[RawSample | str]:
     return pack
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    # Not fork: the trainer holds CUDA and the threads of gloo, which a forked child would inherit broken.
-    # A fork server is forked from before either exists, and imports torch once for all workers.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lumina.data.workers"])
-    return context
