@@ -142,6 +142,8 @@ def decoded_in_order(
         while True:
             try:
                 result = next(running)
+            except StopIteration:
+                return
             except RuntimeError as error:
                 raise RuntimeError(f"a data worker died ({str(error).splitlines()[0]})") from error
             if isinstance(result, _Failure):

@@ -67,7 +67,7 @@ def folder_to_shards(
         out,
         {"": items},
         arguments=arguments,
-        documents={"classes.json": list(classes)} if label_from else {},
+        documents=(lambda _: {"classes.json": list(classes)}) if label_from else None,
         mend="mend or remove them"
         + ("" if skip_uncaptioned else ", or leave out those without a caption by --skip-uncaptioned"),
         layout=layout or Layout(),

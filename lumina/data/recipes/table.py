@@ -71,7 +71,6 @@ def table_to_shards(
         out,
         {"": items},
         arguments={"recipe": "table", "table": str(table), "root": str(base), "skip-missing": skip_missing, **columns},
-        documents={},
         mend="mend them, or leave them out by --skip-missing",
         layout=layout or Layout(),
         progress=progress,
