@@ -1,9 +1,10 @@
 """The verbs of `lumina data`. One thin function each; torch and the rest of the house are imported inside it."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 
@@ -119,8 +120,8 @@ def _add_making(recipes: argparse._SubParsersAction) -> None:
         help="make shards of a data description of the public Lumina-T2X",
         description="Write what a public data description names into shards, byte for byte. CONFIG is YAML, META: "
         "[{path: items.json, root: folder, ratio: 0.5, type: …}], whose relative paths start from its own folder. "
-        "A ratio below 1 keeps that share of the items; one above 1 becomes a weight in OUT/weights.json. Each of "
-        "several entries has a sub folder of OUT.",
+        "A ratio below 1 keeps that share of the items. Each of several entries has a sub folder of OUT, and the "
+        "sets that blend them as described are printed, for the configuration of a run.",
         example="lumina data lumina data.yaml data/lumina --shuffle 0",
     )
     public.add_argument("config", metavar="CONFIG")
@@ -144,18 +145,14 @@ def _data_digits(arguments: argparse.Namespace) -> None:
 
 
 def _data_index(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from lumina.data.indexing import index_shards
+    from lumina.data.processes import usable_cores
 
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("indexing", total=None)
+    with _bar("indexing") as update:
         count = index_shards(
             arguments.shards,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            workers=len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers,
+            lambda done, total: update(completed=done, total=total),
+            workers=usable_cores() if arguments.workers is None else arguments.workers,
             index_dir=arguments.index_dir,
             pipe_programs=arguments.allow_pipe,
         )
@@ -191,17 +188,16 @@ def _data_table(arguments: argparse.Namespace) -> None:
 
 
 def _data_lumina(arguments: argparse.Namespace) -> None:
-    from lumina.data.recipes.lumina_json import lumina_to_shards
+    from lumina.data.recipes.lumina_json import blend, lumina_to_shards
 
     _make_shards(
         arguments, lumina_to_shards, arguments.config, seed=arguments.seed, skip_missing=arguments.skip_missing
     )
+    if sets := blend(arguments.out):
+        print(f"to train on all of them, put into the configuration of the run:\n\n{sets}", end="")
 
 
 def _make_shards(arguments: argparse.Namespace, recipe: Callable[..., Any], source: str, **options: Any) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from lumina.data.recipes.making import Layout, parse_bytes
 
     layout = Layout(
@@ -210,16 +206,12 @@ def _make_shards(arguments: argparse.Namespace, recipe: Callable[..., Any], sour
         shuffle=arguments.shuffle,
         workers=arguments.workers,
     )
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("listing", total=None)
+    with _bar("listing") as update:
         summary = recipe(
             source,
             arguments.out,
             layout=layout,
-            progress=lambda stage, done, total: progress.update(
-                task, description=stage, completed=done, total=total or None
-            ),
+            progress=lambda stage, done, total: update(description=stage, completed=done, total=total or None),
             **options,
         )
     shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
@@ -233,23 +225,31 @@ def _make_shards(arguments: argparse.Namespace, recipe: Callable[..., Any], sour
 def _data_check(arguments: argparse.Namespace) -> None:
     import json
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from lumina.data.check import check_shards
 
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checking", total=None)
+    with _bar("checking") as update:
         report = check_shards(
             arguments.shards,
             decode=arguments.decode,
             workers=arguments.workers,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: update(completed=done, total=total),
         )
     print(json.dumps(report.as_dict(), indent=1) if arguments.json else report.as_text())
     if report.errors:
+        from lumina.cli import EXIT_FAILED
+
         raise SystemExit(EXIT_FAILED)
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal's stderr, nothing elsewhere; yields what sets its completed, total, description."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield partial(progress.update, progress.add_task(description, total=None))
 
 
 def _data_show(arguments: argparse.Namespace) -> None:

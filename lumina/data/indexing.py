@@ -1,14 +1,9 @@
 """Making indexes: reading shards once from end to end, in several processes."""
 
-import multiprocessing
-import os
 import random
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +19,7 @@ from lumina.data.decode import (
     probe,
 )
 from lumina.data.find import find_shards
+from lumina.data.processes import Report, run_jobs
 from lumina.data.shard_index import (
     COLUMNS,
     KINDS,
@@ -138,6 +134,7 @@ def index_shards(
 
     Raises:
         ValueError: a shard is missing or damaged. The others are indexed all the same, until twenty have failed.
+        RuntimeError: a process died.
     """
     if workers < 1:
         raise ValueError(f"shards are indexed by at least 1 worker, not {workers}")
@@ -146,9 +143,10 @@ def index_shards(
         # Several hosts that index one folder should not all be at the same shard.
         random.SystemRandom().shuffle(shards)
     samples, failures = 0, {}
-    for done, (shard, result) in enumerate(_indexed(shards, index_dir, min(workers, len(shards))), 1):
+    results = run_jobs(partial(_index_one, index_dir=index_dir), shards, workers, lambda _: None)
+    for done, (number, result) in enumerate(results, 1):
         if isinstance(result, str):
-            failures[shard.name, shard.location] = result
+            failures[shards[number].name, shards[number].location] = result
             if len(failures) == _MOST_FAILURES:
                 break
         else:
@@ -162,35 +160,8 @@ def index_shards(
     return samples
 
 
-def _indexed(
-    shards: Sequence[Source], index_dir: str | Path | None, workers: int
-) -> Iterator[tuple[Source, int | str]]:
-    """Each shard with its number of samples, or what is wrong with it, as they are done."""
-    if workers == 1:
-        for shard in shards:
-            yield shard, _index_one(shard, index_dir)
-        return
-    with ProcessPoolExecutor(workers, mp_context=_context(), initializer=_end_with_the_parent) as pool:
-        try:
-            waiting = iter(shards)
-            running: dict[Future[int | str], Source] = {}
-            while True:
-                # A few ahead, not all: a future for each of a million shards is memory for nothing.
-                while len(running) < 2 * workers and (shard := next(waiting, None)) is not None:
-                    running[pool.submit(_index_one, shard, index_dir)] = shard
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "an indexing process died; was it out of memory? run again with fewer workers"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _index_one(shard: Source, index_dir: str | Path | None) -> int | str:
+def _index_one(shard: Source, _: Report, index_dir: str | Path | None) -> int | str:
+    """The number of its samples, or what is wrong with it."""
     try:
         opened = open_index(shard, index_dir)
         if opened is None:
@@ -201,26 +172,6 @@ def _index_one(shard: Source, index_dir: str | Path | None) -> int | str:
     if opened is None:
         return f"shard {shard} changed while it was indexed; index it again when it is complete"
     return len(opened)
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    # Not fork: whoever calls may hold CUDA and threads, which a forked child would inherit broken.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lumina.data.indexing"])
-    return context
-
-
-def _end_with_the_parent() -> None:
-    # A child of the fork server is not told when the process that asked for it is killed.
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait_for([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def run_jobs(
         for number, job in enumerate(jobs):
             yield number, function(job, report)
         return
-    context = _context()
+    context = process_context()
     waiting = iter(range(len(jobs)))
     running: dict[Connection, tuple[Any, int]] = {}
     try:
@@ -77,7 +77,9 @@ def _received(connection: Connection, process: Any) -> tuple[str, Any]:
         kind, content = connection.recv()
     except (EOFError, ConnectionResetError) as error:
         process.join()
-        raise RuntimeError(f"a worker process died (exit code {process.exitcode})") from error
+        raise RuntimeError(
+            f"a worker process died (exit code {process.exitcode}); was it out of memory? run again with fewer workers"
+        ) from error
     if kind in ("refused", "failed"):
         sentence, details = content
         error = ValueError(sentence) if kind == "refused" else RuntimeError(f"a worker process failed: {sentence}")
@@ -88,14 +90,7 @@ def _received(connection: Connection, process: Any) -> tuple[str, Any]:
 
 def _work(connection: Connection, function: Callable[[Any, Report], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller ends its workers
-    # A worker's parent is the fork server, which outlives a killed caller.
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="caller-watch", daemon=True).start()
+    end_with_the_caller()
     while True:
         try:
             job = connection.recv()
@@ -110,10 +105,25 @@ def _work(connection: Connection, function: Callable[[Any, Report], Any]) -> Non
         connection.send(answer)
 
 
-def _context() -> multiprocessing.context.BaseContext:
-    # Not fork: the caller may hold threads and locks, which a forked child would inherit broken.
+def end_with_the_caller() -> None:
+    """In a process of `process_context`: end at once when the process that asked for it is killed."""
+    # Its parent is the fork server, which lives as long as its children do: without this a killed caller would leave
+    # both behind for ever.
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="caller-watch", daemon=True).start()
+
+
+def process_context() -> multiprocessing.context.BaseContext:
+    """How processes are started: by a fork server, which imports the data room once for all of them."""
+    # Not fork: the caller may hold CUDA, threads and locks, which a forked child would inherit broken.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lumina.data.write", "lumina.data.check"])
+    # There is one server for all: what the first caller names is imported.
+    context.set_forkserver_preload(["lumina.data.workers", "lumina.data.check_shard", "lumina.data.recipes.making"])
     return context

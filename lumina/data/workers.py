@@ -1,12 +1,8 @@
 """Decoding packs ahead in background processes, in order."""
 
-import multiprocessing
-import os
-import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -17,6 +13,7 @@ from lumina.data.decode import (
     View,
     caption_of,
     decode_view,
+    encoders_of,
     label_of,
     load_latent,
     load_text_features,
@@ -24,9 +21,7 @@ from lumina.data.decode import (
     probe,
 )
 from lumina.data.index import ShardReader
-
-NULL_TEXT = "text.null.npy"
-"""The member with the features of the empty caption."""
+from lumina.data.processes import end_with_the_caller, process_context
 
 
 @dataclass(frozen=True)
@@ -81,14 +76,12 @@ class PackDecoder:
             members = self.reader.read(request.sample_id)
             if not request.usable:
                 found = probe(members)  # its header may be what is wrong
+                if found.kind == "audio":
+                    raise BadSampleError("sound is not trained on")
                 raise BadSampleError(f"{found.kind} of {found.height}×{found.width} does not make one whole patch")
             fields = parse_json(members)
-            texts = (load_text_features(members), None)
-            if texts[0] is not None:
-                if NULL_TEXT not in members:
-                    raise BadSampleError(f"features of the caption (.text.npy) without .{NULL_TEXT}, of the empty one")
-                texts = (texts[0], load_text_features({"text.npy": members[NULL_TEXT]}))
-            said = (caption_of(members, fields), label_of(fields), _encoders(fields))
+            texts = load_text_features(members) or (None, None)
+            said = (caption_of(members, fields), label_of(fields), encoders_of(fields))
             if request.view is not None:
                 decoded = decode_view(members, request.view, self.channels)
                 return RawSample(decoded.pixels.numpy(), None, *texts, *said)
@@ -96,13 +89,6 @@ class PackDecoder:
             return RawSample(None, crops[int(request.crop * len(crops))], *texts, *said)
         except BadSampleError as error:
             return str(error)
-
-
-def _encoders(fields: Mapping[str, object]) -> dict[str, str | None]:
-    encoders = fields.get("encoders", {})
-    if not isinstance(encoders, dict) or not all(isinstance(name, str | None) for name in encoders.values()):
-        raise BadSampleError(f'"encoders" in .json must be an object of names, not {encoders!r:.100}')
-    return encoders
 
 
 @dataclass(frozen=True)
@@ -144,10 +130,10 @@ def decoded_in_order(
             sampler=packs,
             batch_size=None,
             collate_fn=_as_it_is,
-            worker_init_fn=_end_with_the_trainer,
+            worker_init_fn=_begin,
             num_workers=workers,
             prefetch_factor=2,
-            multiprocessing_context=_context(),
+            multiprocessing_context=process_context(),
             # Its own, lest it draw from the trainer's random state.
             generator=torch.Generator(),
         )
@@ -156,6 +142,8 @@ def decoded_in_order(
         while True:
             try:
                 result = next(running)
+            except StopIteration:
+                return
             except RuntimeError as error:
                 raise RuntimeError(f"a data worker died ({str(error).splitlines()[0]})") from error
             if isinstance(result, _Failure):
@@ -171,27 +159,9 @@ def decoded_in_order(
         running._shutdown_workers()
 
 
-def _end_with_the_trainer(_: int) -> None:
-    # torch's own watch looks for a change of the parent process, but a worker's parent is the fork server, which lives
-    # as long as its workers do: without this a killed trainer would leave both behind for ever.
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+def _begin(_: int) -> None:
+    end_with_the_caller()  # torch's own watch looks for a change of the parent process, which is the fork server
 
 
 def _as_it_is(pack: list[RawSample | str]) -> list[RawSample | str]:
     return pack
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    # Not fork: the trainer holds CUDA and the threads of gloo, which a forked child would inherit broken.
-    # A fork server is forked from before either exists, and imports torch once for all workers.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lumina.data.workers"])
-    return context

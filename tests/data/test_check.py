@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from lumina.data.check import check_shards
+from lumina.data.find import find_shards
 from lumina.data.recipes.folder import folder_to_shards
 from lumina.data.recipes.making import Layout
 from lumina.data.shard_index import index_path
@@ -69,8 +70,7 @@ def test_good_shards(shards: Path, decode: bool, workers: int) -> None:
     assert (report.problems, report.shards, report.samples, report.bytes) == ((), 6, 24, size)
     assert report.as_text() == f"24 samples in 6 shards ({size:,} bytes) checked; nothing is wrong"
     assert files(shards) == before
-    if not decode:
-        assert seen[-1] == (size, size)
+    assert seen[-1] == (size * (1 + decode),) * 2
 
 
 def test_a_flipped_byte_in_a_picture_and_in_a_caption(shards: Path) -> None:
@@ -153,7 +153,9 @@ def test_missing_shards_are_all_named(shards: Path) -> None:
     (named,) = check_shards([shards / "set-00000[45].tar"], workers=1).problems
     assert named.named == ("set-000005.tar",)
     (named,) = check_shards([shard(shards, 4), shard(shards, 5)], workers=1).problems
-    assert (named.where, named.named) == (str(shard(shards, 5)), ("set-000005.tar",))
+    assert (named.where, named.named) == (str(shards), ("set-000005.tar",))
+    (named,) = check_shards([f"{shards}/set-{{000002,000005}}.tar"], workers=1).problems
+    assert named.named == ("set-000005.tar",)
     assert check_shards([shard(shards, 4)], workers=1).problems == ()
 
 
@@ -228,7 +230,7 @@ def test_empty_captions_and_pictures_that_do_not_decode(tmp_path: Path) -> None:
     ]
     write_shards(tmp_path / "set", samples, name="a", samples_per_shard=10)
     captions = ("warning", "a-000000.tar", "captions that are empty or do not read", 2, ("empty", "latin"))
-    header = ("error", "a-000000.tar", "pictures whose header does not read", 1, ("none",))
+    header = ("error", "a-000000.tar", "samples whose header does not read", 1, ("none",))
     assert found(tmp_path / "set") == [header, captions]
     (failed, *rest) = found(tmp_path / "set", decode=True)
     assert rest == [captions]
@@ -243,6 +245,36 @@ def test_bad_arguments(shards: Path) -> None:
             check_shards([pattern], workers=1)
     with pytest.raises(ValueError, match="workers must be at least 1"):
         check_shards([shards], workers=0)
+    with pytest.raises(ValueError, match=r"^https://host/a.tar is no local file; copy the shards here"):
+        check_shards(["https://host/a.tar"], workers=1)
+    (shards / "a.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a.npy is no shard; make shards of such files with `lumina data folder`"):
+        check_shards([shards / "a.npy"], workers=1)
+
+
+def test_a_folder_of_folders(shards: Path, tmp_path: Path) -> None:
+    for name in ("b", "a/deep", ".a.making/set"):
+        shutil.copytree(shards, tmp_path / "out" / name)
+    for name in ("b", "a/deep"):
+        for number in range(3) if name == "b" else range(3, 6):
+            shard(tmp_path / "out" / name, number).unlink()
+            index_path(shard(tmp_path / "out" / name, number)).unlink()
+    shard(tmp_path / "out" / "b", 3).rename(tmp_path / "out" / "b" / "set-000000.tar")
+    index_path(shard(tmp_path / "out" / "b", 3)).rename(index_path(tmp_path / "out" / "b" / "set-000000.tar"))
+    (tmp_path / "out" / "empty").mkdir()
+    change(shard(tmp_path / "out" / "b", 0), place(shard(tmp_path / "out" / "b", 0), "c_0/d013_v2.png")[0], b"\xff")
+    report = check_shards([tmp_path / "out"], workers=1)
+    assert (report.shards, report.samples) == (6, 24)
+    assert [(problem.where, problem.what, problem.named) for problem in report.problems] == [
+        (str(tmp_path / "out" / "b"), "missing shards", ("set-000001.tar", "set-000002.tar", "set-000003.tar")),
+        ("b/set-000000.tar", "members that fail their CRC32", ("c_0/d013_v2.png",)),
+    ]
+    # Training is told which folders it means.
+    message = rf"{tmp_path}/out matches no .tar file; name the folders in it that hold some: \S*/out/a/deep, \S*/out/b$"
+    with pytest.raises(ValueError, match=message):
+        find_shards([tmp_path / "out"])
+    with pytest.raises(ValueError, match=r"empty matches no .tar file$"):
+        check_shards([tmp_path / "out" / "empty"], workers=1)
 
 
 def test_the_command(shards: Path) -> None:

@@ -36,8 +36,12 @@ def test_latents_come_back(dtype: str) -> None:
 
 def test_text_features_come_back() -> None:
     values = LATENT.reshape(12, -1)
-    np.testing.assert_array_equal(load_text_features({"text.npy": npy(values)}), values)
-    assert load_text_features({"txt": b"a"}) is None
+    empty = values[:3].astype(np.float32)
+    caption, none = load_text_features({"text.npy": npy(values), "text.null.npy": npy(empty)})
+    np.testing.assert_array_equal(caption, values)
+    np.testing.assert_array_equal(none, empty)
+    assert (caption.dtype, none.dtype) == (np.float16, np.float32)
+    assert load_text_features({"txt": b"a", "text.null.npy": b"not read"}) is None
 
 
 def test_what_is_no_latent_is_refused(monkeypatch) -> None:
@@ -91,8 +95,13 @@ def test_what_is_no_text_feature_is_refused() -> None:
         (npy(values / np.float16(0)), "text.npy holds numbers that are not finite"),
         (npy(values)[:-2], "text.npy promises"),
     ):
-        with pytest.raises(BadSampleError, match=message):
-            load_text_features({"text.npy": data})
+        for name, other in (("text.npy", "text.null.npy"), ("text.null.npy", "text.npy")):
+            with pytest.raises(BadSampleError, match=message.replace("text.npy", name)):
+                load_text_features({name: data, other: npy(values)})
+    with pytest.raises(BadSampleError, match=r"\(.text.npy\) without those of the empty one \(.text.null.npy\)"):
+        load_text_features({"text.npy": npy(values)})
+    with pytest.raises(BadSampleError, match=r"text\.npy is 96 wide and text\.null\.npy 48"):
+        load_text_features({"text.npy": npy(values), "text.null.npy": npy(values[:, :48])})
 
 
 def test_random_damage_is_a_bad_sample_and_nothing_else() -> None:

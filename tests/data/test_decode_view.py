@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina.data.decode import BadSampleError, Probe, View, decode, decode_view, probe
+from lumina.data.decode import BadSampleError, Probe, View, decode_view, probe
 from lumina.data.decode.geometry import MAX_VIEW_PIXELS, clip_of, position, region_of
 
 
@@ -62,10 +62,7 @@ def test_cuts_without_scaling_are_the_picture() -> None:
     for view in (View(41, 20, resize=False), View(10, 61, resize=False)):
         with pytest.raises(BadSampleError, match=f"picture of 40×60 pixels is smaller than {view.height}×{view.width}"):
             decode_view(members, view, 3)
-    np.testing.assert_array_equal(
-        levels(members, View(40, 56, resize=False))[0],
-        (decode(members, channels=3, multiple=8).pixels[0].permute(1, 2, 0).numpy() + 1) * 127.5,
-    )
+    np.testing.assert_allclose(levels(members, View(40, 56, resize=False))[0], whole[:, 2:58], atol=1e-4)
 
 
 @pytest.mark.parametrize(

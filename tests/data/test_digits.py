@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumina.data.decode import decode
+from lumina.data.decode import View, decode_view
 from lumina.data.index import Index
 from lumina.data.recipes.digits import (
     HELD_WORDINGS,
@@ -38,7 +38,7 @@ def test_pictures_are_exactly_those_of_scikit_learn(digits: Path) -> None:
     used = set()
     for number in range(len(index)):
         members = index.read(number)
-        decoded = decode(members, channels=1, multiple=2)
+        decoded = decode_view(members, View(8, 8), 1)
         grey = np.round((decoded.pixels[0, 0].numpy() + 1) * 127.5).astype(np.uint8)
         np.testing.assert_array_equal(pixel_values(grey), truth.images[number])
         np.testing.assert_array_equal(grey, np.round(truth.images[number] * 255 / 16))

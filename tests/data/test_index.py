@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from lumina.cli import main
-from lumina.data.decode import BadSampleError
+from lumina.data.decode import BadSampleError, View, decode_view
 from lumina.data.find import find_shards
 from lumina.data.index import Index
 from lumina.data.indexing import KIND_OF_EXTENSION, build_index, index_shards
@@ -264,12 +264,10 @@ def test_damage_bit_in_a_payload(shard: Path) -> None:
 
 
 def test_damage_hole_in_a_caption(shard: Path) -> None:
-    from lumina.data.decode import decode
-
     _, content = member_at(shard, "s0005.txt")
     overwrite(shard, content, bytes(5))
     with pytest.raises(BadSampleError, match="caption holds zero bytes"):
-        decode(Index.open([shard]).read(5), channels=1, multiple=4)
+        decode_view(Index.open([shard]).read(5), View(4, 4), 1)
 
 
 def test_damage_cut_between_picture_and_caption(shard: Path, build) -> None:

@@ -163,6 +163,21 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_packs_that_end_and_one_thread_a_worker(tmp_path: Path) -> None:
+    # As many threads as cores in each of as many workers would only get into each other's way.
+    (tmp_path / "threads.py").write_text(
+        "import torch\n"
+        "from lumina.data.workers import decoded_in_order\n"
+        "def threads(pack):\n"
+        "    return torch.get_num_threads()\n"
+        "if __name__ == '__main__':\n"
+        "    print(torch.get_num_threads(), *decoded_in_order(threads, [[], []], 2))\n"
+    )
+    command = [sys.executable, str(tmp_path / "threads.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert (done.stdout.split()[1:], done.stderr) == (["1", "1"], "")
+
+
 def test_a_killed_trainer_leaves_no_workers(make_shards, tmp_path: Path) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(KILLED_TRAINER)

@@ -40,7 +40,7 @@ def test_each_job_once(workers: int) -> None:
     [
         (71, ValueError, "71 is refused"),
         (72, RuntimeError, "a worker process failed: KeyError: '72'"),
-        (73, RuntimeError, "a worker process died (exit code -9)"),
+        (73, RuntimeError, "a worker process died (exit code -9); was it out of memory? run again with fewer workers"),
     ],
 )
 def test_errors(number: int, error: type[Exception], message: str) -> None:

@@ -85,7 +85,8 @@ def test_captions_of_json_and_everything_that_is_left_out(tmp_path: Path) -> Non
         ("json", b"[1]", "no usable caption", "must hold an object"),
         ("json", b'{"text": "a"}', "no caption", 'has no "caption"'),
         ("json", b'{"caption": 3}', "no usable caption", "not int"),
-        ("json", b'{"caption": "a", "label": -1}', "no usable label", "at least 0"),
+        ("json", b'{"caption": "a", "label": -1}', "no usable label", "from 0 to 2⁶³ - 1, not -1"),
+        ("json", b'{"caption": "a", "label": 9223372036854775808}', "no usable label", "not 9223372036854775808"),
         ("json", b'{"caption": "a\\ud800"}', "no usable caption", "not UTF-8"),
     ],
 )

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lumina.cli import main
+from lumina.config.schema import DataConfig
 from lumina.data.index import Index
-from lumina.data.recipes.lumina_json import lumina_to_shards
+from lumina.data.recipes.lumina_json import blend, lumina_to_shards
 from lumina.data.recipes.making import Layout
+from lumina.train.assemble import sets_of
 from tests.data.pictures import digit_png, files, members
 
 ONE = Layout(workers=1)
@@ -54,8 +57,9 @@ def test_both_kinds_of_items(tmp_path: Path) -> None:
         "003.txt": "prompt 3",
     }
     assert json.loads((tmp_path / "out" / "weights.json").read_text()) == [
-        {"folder": ".", "type": "photo", "weight": 3.0}
+        {"folder": ".", "type": "photo", "weight": 12.0}
     ]
+    assert blend(tmp_path / "out") is None
 
 
 def test_several_entries_are_sets_of_their_own(tmp_path: Path) -> None:
@@ -68,18 +72,39 @@ def test_several_entries_are_sets_of_their_own(tmp_path: Path) -> None:
         tmp_path, {"path": "x.json"}, {"path": "a/x.json", "ratio": 2.5}, {"path": "z.jsonl", "ratio": 0.5, "type": "z"}
     )
     summary = lumina_to_shards(config, tmp_path / "out", layout=Layout(samples_per_shard=4, workers=2))
-    assert json.loads((tmp_path / "out" / "weights.json").read_text()) == [
-        {"folder": "x", "type": "default", "weight": 1.0},
-        {"folder": "x-2", "type": "default", "weight": 2.5},
-        {"folder": "z", "type": "z", "weight": 1.0},
-    ]
     sets = {name: Index.open([tmp_path / "out" / name], build_missing=False) for name in ("x", "x-2", "z")}
     assert (len(sets["x"]), len(sets["x-2"])) == (10, 10)
     assert 0 < len(sets["z"]) < 10
     assert summary.samples == 20 + len(sets["z"])
     assert sets["x-2"].read(0)["txt"] == b"prompt 10"
+    # Items of a set with ratio 2.5 come 2.5 times as often as those of one with ratio 1, however many there are.
+    assert json.loads((tmp_path / "out" / "weights.json").read_text()) == [
+        {"folder": "x", "type": "default", "weight": 10.0},
+        {"folder": "x-2", "type": "default", "weight": 25.0},
+        {"folder": "z", "type": "z", "weight": float(len(sets["z"]))},
+    ]
     together = Index.open([tmp_path / "out" / name for name in sets])
     assert len(together) == summary.samples
+
+
+def test_the_command_prints_what_a_run_needs(tmp_path: Path, capsys) -> None:
+    items = pictures(tmp_path, 12)
+    for name, content in (("a b", items[:8]), ("c", items[8:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    config = described(tmp_path, {"path": "a b.json"}, {"path": "c.json", "ratio": 3})
+    out = tmp_path / "o: ü"
+    assert main(["data", "lumina", str(config), str(out), "--workers", "1"]) == 0
+    said, _, snippet = capsys.readouterr().out.partition("\n\n")
+    assert said.endswith("to train on all of them, put into the configuration of the run:")
+    assert "ü" in snippet
+    assert max(map(len, snippet.splitlines())) > 40, "paths are not broken"
+    data = DataConfig.model_validate(yaml.safe_load(snippet)["data"])
+    assert [(of.shards, of.weight) for of in data.sets] == [([f"{out}/a_b"], 8.0), ([f"{out}/c"], 12.0)]
+    index = Index.open(*sets_of(data))
+    assert (len(index), index.weights) == (12, [8.0, 12.0])
+    described(tmp_path, {"path": "c.json", "ratio": 3})
+    assert main(["data", "lumina", str(config), str(tmp_path / "one"), "--workers", "1"]) == 0
+    assert "to train" not in capsys.readouterr().out
 
 
 def test_a_share_is_chosen_by_item_and_seed(tmp_path: Path) -> None:

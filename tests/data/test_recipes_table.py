@@ -96,7 +96,7 @@ x,sub/0.png,class is a word
 BAD = {
     "line 5": ("missing file", "No such file"),
     "line 7": ("wrong line", "it has 2 fields, the header 3"),
-    "line 8": ("no usable label", "'x' is not a whole number"),
+    "line 8": ("no usable label", "from 0 to 2⁶³ - 1, not 'x'"),
     "line 9": ("no usable caption", "not UTF-8"),
     "line 10": ("format not read", ".txt is none of"),
     "line 11": ("wrong path", "download"),

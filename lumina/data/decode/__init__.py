@@ -9,14 +9,12 @@ from lumina.data.decode.sample import (
     MEDIA,
     Decoded,
     Probe,
-    cropped_size,
-    decode,
     decode_audio,
     decode_view,
-    image_size,
     probe,
+    verify,
 )
-from lumina.data.decode.text import caption_of, label_of, parse_json
+from lumina.data.decode.text import caption_of, encoders_of, label_of, parse_json
 from lumina.data.decode.video import VIDEO_EXTENSIONS
 
 __all__ = [
@@ -30,14 +28,13 @@ __all__ = [
     "Probe",
     "View",
     "caption_of",
-    "cropped_size",
-    "decode",
     "decode_audio",
     "decode_view",
-    "image_size",
+    "encoders_of",
     "label_of",
     "load_latent",
     "load_text_features",
     "parse_json",
     "probe",
+    "verify",
 ]

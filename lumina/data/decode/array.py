@@ -56,15 +56,26 @@ def latent_array(data: bytes) -> np.ndarray:
     return _floats(_array(data, "latent.npy"), "latent.npy", "(crops, F, C, H, W)")
 
 
-def load_text_features(members: Mapping[str, bytes]) -> np.ndarray | None:
-    """ "text.npy": features of the caption (L, width), float16 or float32 as stored, all finite; None without it.
+def load_text_features(members: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray] | None:
+    """ "text.npy", "text.null.npy": features of the caption (L, width) and of the empty one (K, width); else None.
+
+    They are float16 or float32 as stored, all finite.
 
     Raises:
-        BadSampleError: it is something else, damaged, or larger than `MAX_ARRAY_BYTES`.
+        BadSampleError: one is something else, damaged, or larger than `MAX_ARRAY_BYTES`; the second is missing, or of
+            another width.
     """
     if "text.npy" not in members:
         return None
-    return _finite(_floats(_array(members["text.npy"], "text.npy"), "text.npy", "(L, width)"), "text.npy")
+    if "text.null.npy" not in members:
+        raise BadSampleError("features of the caption (.text.npy) without those of the empty one (.text.null.npy)")
+    caption, empty = (
+        _finite(_floats(_array(members[name], name), name, "(L, width)"), name)
+        for name in ("text.npy", "text.null.npy")
+    )
+    if caption.shape[1] != empty.shape[1]:
+        raise BadSampleError(f"text.npy is {caption.shape[1]} wide and text.null.npy {empty.shape[1]}")
+    return caption, empty
 
 
 def _array(data: bytes, name: str) -> np.ndarray:

@@ -25,17 +25,20 @@ def audio_duration(data: bytes) -> float:
         return file.frames / file.rate
 
 
-def waveform_of(data: bytes, sample_rate: int) -> np.ndarray:
+def waveform_of(data: bytes, sample_rate: int | None) -> np.ndarray:
     """The mean of the channels, resampled: float32 (⌈samples · sample_rate / its own rate⌉,) in [-1, 1].
+
+    Without `sample_rate` it keeps its own.
 
     Raises:
         BadSampleError: no WAV, FLAC, Ogg or MP3; or cut, damaged, empty or too long.
         ValueError: `sample_rate` is not of 1000 … 768000.
     """
-    if sample_rate not in _RATES:
+    if sample_rate is not None and sample_rate not in _RATES:
         raise ValueError(f"audio is resampled to {_RATES[0]} … {_RATES[-1]} samples a second, not {sample_rate}")
     with _Reader(data) as file:
         wave, rate = file.read(), file.rate
+    sample_rate = sample_rate or rate
     if not np.isfinite(wave).all():
         raise BadSampleError("audio holds numbers that are not finite")
     # Lossy formats overshoot a little; integers stored as float are a mistake of whoever wrote them.

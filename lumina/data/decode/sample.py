@@ -11,10 +11,10 @@ from torch import Tensor
 from lumina.data.decode import array, audio, image, video
 from lumina.data.decode.errors import BadSampleError
 from lumina.data.decode.geometry import View, clip_of, region_of
-from lumina.data.decode.text import caption_of, label_of, parse_json
+from lumina.data.decode.text import caption_of, encoders_of, label_of, parse_json
 
 MEDIA = (*image.IMAGE_EXTENSIONS, *video.VIDEO_EXTENSIONS, *audio.AUDIO_EXTENSIONS, "latent.npy", "npy")
-"""Members that are a sample's medium; a sample has exactly one."""
+"""Members that are a sample's medium; a sample has exactly one, or a latent beside what that was made of."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ def probe(members: Mapping[str, bytes]) -> Probe:
     """What a sample is, from its headers; of a video all packets are counted and the first frame is decoded.
 
     Raises:
-        BadSampleError: not exactly one of `MEDIA`, or its headers cannot be read.
+        BadSampleError: it has none of `MEDIA` or several, or its headers cannot be read.
         ValueError: the package that reads the medium is not installed; the message names the extra.
     """
     extension = _medium(members)
@@ -115,59 +115,39 @@ def decode_audio(members: Mapping[str, bytes], sample_rate: int) -> tuple[np.nda
     return (audio.waveform_of(members[extension], sample_rate),)
 
 
-def decode(members: Mapping[str, bytes], *, channels: int, multiple: int) -> Decoded:
-    """Decode the picture of one sample, its middle cut out at `cropped_size`; else as `decode_view`.
-
-    Args:
-        members: extension without the dot → content.
-        channels: 1 (grey) or 3 (RGB).
-        multiple: height and width are cropped to multiples of it, in pixels (VAE factor × patch size).
+def verify(members: Mapping[str, bytes]) -> None:
+    """Decode all that a sample holds, pictures and videos at their own size, and keep nothing of it.
 
     Raises:
-        BadSampleError: the sample cannot be used; the message says why.
-        ValueError: `channels` is neither 1 nor 3.
+        BadSampleError: it could not be trained on.
+        ValueError: the package that reads the medium is not installed; the message names the extra.
     """
-    _check_channels(channels)
-    data = _picture(members)
-    height, width = image.seen_size(data)
-    rows, columns = (int(side) for side in cropped_size(height, width, multiple))
-    if rows == 0:
-        raise BadSampleError(f"picture of {height}×{width} pixels is smaller than {multiple}×{multiple}")
-    return _decoded(members, image.image_levels(data, View(rows, columns, resize=False), channels)[None])
-
-
-def image_size(members: Mapping[str, bytes]) -> tuple[int, int]:
-    """(height, width) in pixels of the picture `decode` would give uncropped; `BadSampleError` if its header is bad."""
-    return image.seen_size(_picture(members))
-
-
-def cropped_size(height: np.ndarray | int, width: np.ndarray | int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Size in pixels that `decode` crops pictures to: multiples of `multiple`, no larger than the picture.
-
-    Arrays or numbers. Both results are 0 where a side is shorter than `multiple` or unknown (0); `decode` refuses
-    such pictures.
-    """
-    if multiple < 1:
-        raise ValueError(f"pictures are cropped to multiples of at least 1 pixel, not {multiple}")
-    height, width = np.asarray(height), np.asarray(width)
-    fits = (height >= multiple) & (width >= multiple)
-    return np.where(fits, height // multiple * multiple, 0), np.where(fits, width // multiple * multiple, 0)
+    extension = _medium(members)
+    data = members[extension]
+    if extension in image.IMAGE_EXTENSIONS:
+        image.image_levels(data, View(*image.seen_size(data), resize=False), channels=3)
+    elif extension in video.VIDEO_EXTENSIONS:
+        video.check_frames(data)
+    elif extension in audio.AUDIO_EXTENSIONS:
+        audio.waveform_of(data, sample_rate=None)
+    elif extension == "latent.npy":
+        array.load_latent(members)
+    else:
+        array.pixel_array(data)
+    array.load_text_features(members)
+    fields = parse_json(members)
+    caption_of(members, fields)
+    label_of(fields)
+    encoders_of(fields)
 
 
 def _medium(members: Mapping[str, bytes]) -> str:
+    if "latent.npy" in members:
+        return "latent.npy"
     found = [extension for extension in MEDIA if extension in members]
     if len(found) != 1:
         raise BadSampleError(f"a sample needs one medium of {', '.join(MEDIA)}; found {found or 'none'}")
     return found[0]
-
-
-def _picture(members: Mapping[str, bytes]) -> bytes:
-    found = [extension for extension in image.IMAGE_EXTENSIONS if extension in members]
-    if len(found) != 1:
-        raise BadSampleError(
-            f"a sample needs one picture of {', '.join(image.IMAGE_EXTENSIONS)}; found {found or 'none'}"
-        )
-    return members[found[0]]
 
 
 def _check_channels(channels: int) -> None:

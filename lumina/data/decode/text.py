@@ -29,9 +29,24 @@ def label_of(fields: Mapping[str, object]) -> int | None:
     label = fields.get("label")
     if label is None:
         return None
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        raise BadSampleError(f'"label" in .json must be a whole number of at least 0, not {label!r}')
+    if fault := label_fault(label):
+        raise BadSampleError(f'"label" in .json {fault}')
     return label
+
+
+def label_fault(label: object) -> str | None:
+    """Why a value is no class number, None if it is one."""
+    if type(label) is not int or not 0 <= label < 2**63:  # a column of the index is int64
+        return f"must be a whole number from 0 to 2⁶³ - 1, not {label!r:.100}"
+    return None
+
+
+def encoders_of(fields: Mapping[str, object]) -> dict[str, str | None]:
+    """What made a sample's latents ("vae") and features ("text"), in words; `fields` is its parsed .json."""
+    encoders = fields.get("encoders", {})
+    if not isinstance(encoders, dict) or not all(isinstance(name, str | None) for name in encoders.values()):
+        raise BadSampleError(f'"encoders" in .json must be an object of names, not {encoders!r:.100}')
+    return encoders
 
 
 def parse_json(members: Mapping[str, bytes]) -> dict[str, object]:

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -108,11 +109,24 @@ def video_levels(data: bytes, view: View, channels: int) -> np.ndarray:
         return _clip(stream, _packets(container, stream), 0, clip, view, channels)
 
 
+def check_frames(data: bytes) -> None:
+    """Decode every frame of a video at its own size; memory is that of one frame.
+
+    Raises:
+        BadSampleError: as `video_levels` would for some view of it.
+    """
+    with _opened(data) as (container, stream):
+        from av.video.reformatter import VideoReformatter
+
+        found, converter = _packets(container, stream), VideoReformatter()
+        for _, frame, shape in _wanted(stream, found, 0, range(len(found.shown))):
+            _cut(converter, frame, Region(0, 0, shape.height, shape.width), 3)
+
+
 def _clip(stream, found: _Packets, key: int, clip: range, view: View, channels: int) -> np.ndarray:
     """The frames of `clip`, decoding from packet `key` on."""
     from av.video.reformatter import VideoReformatter
 
-    wanted = {name: slot for slot, name in enumerate(found.times(clip) if found.timed else clip)}
     count = max(found.shown[number] for number in clip) + 1 - key
     effort = count * stream.codec_context.width * stream.codec_context.height
     if effort > MAX_CLIP_PIXELS:
@@ -120,22 +134,33 @@ def _clip(stream, found: _Packets, key: int, clip: range, view: View, channels: 
             f"clip has {effort} pixels from the key frame before it to its end, over {MAX_CLIP_PIXELS}"
         )
     levels = np.empty((view.frames, view.height, view.width, channels), np.uint8)
-    converter, shape = VideoReformatter(), None
+    converter = VideoReformatter()
+    for slot, frame, shape in _wanted(stream, found, key, clip):
+        cut = _cut(converter, frame, shape.stored(region_of(view, *shape.seen)), channels)
+        levels[slot] = shape.turn.apply(resample(cut, *shape.turn.size(view.height, view.width)))
+    return levels
+
+
+def _wanted(stream, found: _Packets, key: int, clip: range) -> Iterator[tuple[int, Any, _Shape]]:
+    """(place in the clip, frame, its shape) of each frame of `clip`, decoding from packet `key` on.
+
+    Raises:
+        BadSampleError: one of them does not come, or frames change in size.
+    """
+    wanted = {name: slot for slot, name in enumerate(found.times(clip) if found.timed else clip)}
+    shape = None
     for number, frame in enumerate(_frames(stream, found.packets[key:])):
         if shape is None:
             shape = _shape(stream, frame)
-            region = shape.stored(region_of(view, *shape.seen))
         elif (frame.height, frame.width) != (shape.height, shape.width):
             raise BadSampleError(
                 f"video changes from {shape.height}×{shape.width} to {frame.height}×{frame.width} pixels"
             )
         slot = wanted.pop(frame.pts if found.timed else number, None)
-        if slot is None:
-            continue
-        cut = _cut(converter, frame, region, channels)
-        levels[slot] = shape.turn.apply(resample(cut, *shape.turn.size(view.height, view.width)))
+        if slot is not None:
+            yield slot, frame, shape
         if not wanted:
-            return levels
+            return
     raise BadSampleError(f"video does not decode ({len(wanted)} of {len(clip)} frames are missing)")
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lumina.data.decode.text import label_fault
 from lumina.data.recipes.items import MEDIA_EXTENSIONS, Item, Skips, caption_fault, extension_of, media_fault, walk
 from lumina.data.recipes.making import Layout, Progress, Summary, make_shards
 
@@ -66,7 +67,7 @@ def folder_to_shards(
         out,
         {"": items},
         arguments=arguments,
-        documents={"classes.json": list(classes)} if label_from else {},
+        documents=(lambda _: {"classes.json": list(classes)}) if label_from else None,
         mend="mend or remove them"
         + ("" if skip_uncaptioned else ", or leave out those without a caption by --skip-uncaptioned"),
         layout=layout or Layout(),
@@ -151,8 +152,8 @@ def _texts(folder: Path, name: str, caption_from: str, beside: Mapping[str, str]
         if not isinstance(parsed, dict):
             raise _NoCaption("no usable caption", f"{beside['json']} must hold an object with a caption")
         label = parsed.get("label")
-        if label is not None and (type(label) is not int or label < 0):
-            raise _NoCaption("no usable label", f'"label" in {beside["json"]} is a whole number of at least 0')
+        if label is not None and (fault := label_fault(label)):
+            raise _NoCaption("no usable label", f'"label" in {beside["json"]} {fault}')
         if text is None:
             if parsed.get("caption") is None:
                 raise _NoCaption("no caption", f'{beside["json"]} has no "caption"')

@@ -48,8 +48,8 @@ def lumina_to_shards(
     folder of `config`. Of one entry the shards lie in `out`; of several each has a sub folder.
 
     A `ratio` below 1 keeps that share of the items, each by a hash of its content and the seed. One above 1 repeats
-    nothing: OUT/weights.json lists {folder, type, weight} of each entry, with the ratio as the weight that blending
-    gives it, 1 for the others.
+    nothing: OUT/weights.json lists {folder, type, weight} of each entry, of which `blend` makes the sets of a run. The
+    weight is the number of samples, times the ratio where that is above 1: so each item comes as often as described.
 
     Args:
         config: YAML file.
@@ -69,16 +69,31 @@ def lumina_to_shards(
         return lambda skips: _items(entry, seed, skip_missing, skips)
 
     described = [{"path": str(e.items), "root": str(e.root), "ratio": e.ratio, "type": e.type} for e in entries]
-    weights = [{"folder": e.folder or ".", "type": e.type, "weight": max(e.ratio, 1.0)} for e in entries]
+
+    def documents(samples: Mapping[str, int]) -> dict[str, Any]:
+        weights = [samples[entry.folder] * max(entry.ratio, 1.0) for entry in entries]
+        named = zip(entries, weights, strict=True)
+        return {"weights.json": [{"folder": e.folder or ".", "type": e.type, "weight": weight} for e, weight in named]}
+
     return make_shards(
         out,
         {entry.folder: source(entry) for entry in entries},
         arguments={"recipe": "lumina", "META": described, "seed": seed, "skip-missing": skip_missing},
-        documents={"weights.json": weights},
+        documents=documents,
         mend="mend them, or leave them out by --skip-missing",
         layout=layout or Layout(),
         progress=progress,
     )
+
+
+def blend(out: str | Path) -> str | None:
+    """YAML for the configuration of a run: `data.sets` of what `lumina_to_shards` wrote to `out`; None for one set."""
+    weights = json.loads((Path(out) / "weights.json").read_text(encoding="utf-8"))
+    if len(weights) == 1:
+        return None
+    sets = [{"shards": [str(Path(out) / entry["folder"])], "weight": entry["weight"]} for entry in weights]
+    text = {"allow_unicode": True, "sort_keys": False, "default_flow_style": None, "width": 2**20}
+    return yaml.safe_dump({"data": {"sets": sets}}, **text)
 
 
 def read_entries(config: Path) -> list[Entry]:

@@ -28,6 +28,8 @@ from lumina.data.shard_index import index_path
 from lumina.data.write import cut_into_shards, sample_bytes, shard_bytes, sync_folder, write_shard
 
 Source = Callable[[Skips], Iterable[Item]]
+Documents = Callable[[Mapping[str, int]], Mapping[str, Any]]
+"""JSON files to be written into OUT, name → content, given the samples of each source."""
 Progress = Callable[[str, int, int], object]
 """Called with ("listing", samples so far, 0) and ("writing", bytes so far, bytes in all)."""
 
@@ -84,7 +86,7 @@ def make_shards(
     sources: Mapping[str, Source],
     *,
     arguments: Mapping[str, Any],
-    documents: Mapping[str, Any],
+    documents: Documents | None = None,
     mend: str,
     layout: Layout,
     progress: Progress | None = None,
@@ -95,7 +97,7 @@ def make_shards(
         out: a new or empty folder. It appears when all is written. After a kill the same call goes on.
         sources: folder below `out` ("" for `out` itself) → the items of its set.
         arguments: what the items depend on, as JSON can hold it; unfinished work begun with others is refused.
-        documents: JSON files to be written into `out`: name → content.
+        documents: see `Documents`.
         mend: what to do about items that were refused, the end of a sentence.
         layout: how samples become shards.
         progress: see `Progress`.
@@ -121,7 +123,7 @@ def make_shards(
             _lock(lock, work)
             journal = _Journal(work / "journal.jsonl")
             try:
-                return _make(out, work, journal, sources, asked, documents, mend, layout, progress)
+                return _make(out, work, journal, sources, asked, documents or (lambda _: {}), mend, layout, progress)
             finally:
                 # Without a finished shard there is nothing to go on with.
                 if not journal.finished or not (work / "set").is_dir():
@@ -136,7 +138,7 @@ def _make(
     journal: "_Journal",
     sources: Mapping[str, Source],
     asked: Mapping[str, Any],
-    documents: Mapping[str, Any],
+    documents: Documents,
     mend: str,
     layout: Layout,
     progress: Progress,
@@ -158,7 +160,8 @@ def _make(
         journal.begin(asked, plan.digest.hexdigest())
         jobs = _jobs(plan, work / "set", out.name, layout)
         _write(jobs, journal, layout, progress)
-        return _finish(out, work, jobs, documents, skips)
+        counts = {folder: len(lines) for folder, lines in plan.lines.items()}
+        return _finish(out, work, jobs, documents(counts), skips)
     except BaseException:
         skips.close()
         if not skips.reported:

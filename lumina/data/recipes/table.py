@@ -6,11 +6,13 @@ import difflib
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lumina.data.decode.text import label_fault
 from lumina.data.recipes.items import Item, Skips, caption_fault, located, media_fault
 from lumina.data.recipes.making import Layout, Progress, Summary, make_shards
 
@@ -69,7 +71,6 @@ def table_to_shards(
         out,
         {"": items},
         arguments={"recipe": "table", "table": str(table), "root": str(base), "skip-missing": skip_missing, **columns},
-        documents={},
         mend="mend them, or leave them out by --skip-missing",
         layout=layout or Layout(),
         progress=progress,
@@ -166,10 +167,11 @@ def _item(row: Mapping[str, Any], columns: Mapping[str, str], root: Path) -> Ite
             return "no usable caption", fault
     if "label" in columns:
         label = row[columns["label"]]
-        if isinstance(label, str) and label.strip().isascii() and label.strip().isdigit():
+        # Longer ones are too large, and Python refuses to read the very long.
+        if isinstance(label, str) and re.fullmatch(r"\s*[0-9]{1,20}\s*", label):
             label = int(label)
-        if type(label) is not int or not 0 <= label < 2**63:
-            return "no usable label", f"{label!r} is not a whole number of at least 0"
+        if fault := label_fault(label):
+            return "no usable label", f"it {fault}"
         fields = json.dumps({"label": label})
     return Item(found[1], found[0], caption, fields)
 
