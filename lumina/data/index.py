@@ -106,7 +106,8 @@ class ShardReader:
         if shard not in self._tables:
             self._tables[shard] = self.headers[shard].open()
             if len(self._tables) > _OPEN_TABLES:
-                self._tables.popitem(last=False)
+                # The header stays, and with it an open file, of which there would be one for each shard in the end.
+                self._tables.popitem(last=False)[1].header.index.close()
         self._tables.move_to_end(shard)
         return self._tables[shard]
 
@@ -233,7 +234,11 @@ class Index:
 
     def column(self, name: str) -> np.ndarray:
         """A column of all samples (`SAMPLE_COLUMNS`), (N,): for tools, as it grows with the samples."""
-        return np.concatenate([header.open().columns[name] for header in self.shards])
+        parts = []
+        for header in self.shards:
+            parts.append(header.open().columns[name])
+            header.index.close()
+        return np.concatenate(parts)
 
     def key(self, sample_id: int) -> str:
         """Key of a sample, unique within its shard."""
