@@ -64,9 +64,9 @@ class Loader:
     """Iterates without end over this rank's share of the global batches, from `state` on.
 
     A sample that fails its CRC or does not decode is replaced by one of its set that is no longer, out of its own shard
-    if that has one, drawn by (seed, bad id, epoch): the same on every rerun and on whichever rank meets it. It is written to
-    the ledger (a JSON line with shard, key, reason, sample_id, epoch) when it is first met. The run stops once more
-    distinct samples are bad than `bad_budget` allows for the samples this rank has seen.
+    if that has one, drawn by (seed, bad id, epoch): the same on every rerun and on whichever rank meets it. It is
+    written to the ledger (a JSON line with shard, key, reason, sample_id, epoch) when it is first met. The run stops
+    once more distinct samples are bad than `bad_budget` allows for the samples this rank has seen.
 
     Args:
         index: the data sets.

@@ -89,10 +89,8 @@ def memory_shard(name: str, number: int, samples: int) -> MemoryHeader:
     }
     columns = {key: np.asarray(values).astype(COLUMNS[key]) for key, values in columns.items()}
     source = MemorySource(f"memory://{name}", content)
-    header = MemoryHeader(
-        source, source, samples, len(content), source.identity(), None, ("npy", "txt"), 0, samples, None, "", (0, {}, {}),
-        columns=columns,
-    )  # fmt: skip
+    facts = (samples, len(content), source.identity(), None, ("npy", "txt"), 0, samples, None)
+    header = MemoryHeader(source, source, *facts, "", (0, {}, {}), columns=columns)
     header.__dict__["shapes"] = np.zeros((0, 5), np.int32)
     return header
 
