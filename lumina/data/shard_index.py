@@ -81,7 +81,10 @@ class _Columns(Mapping[str, np.ndarray]):
 
     def _bytes(self, first: int, last: int) -> bytes:
         if not self._index.remote:
-            return self._index.read(self._start + first, last - first)
+            try:
+                return self._index.read(self._start + first, last - first)
+            finally:
+                self._index.close()  # or a run would hold a file open for every shard there is
         # One request for all of them.
         if self._whole is None:
             end = max(tensor["data_offsets"][1] for tensor in self._tensors.values())
