@@ -183,13 +183,11 @@ class Loader:
         )
 
     def _replacements(self, place: PlannedSample) -> Iterator[int]:
-        """Ids of usable samples no longer than the one planned at `place`: of its shard, then of others of its set."""
-        step = self.step + 1
+        """Ids of usable samples no longer than the one planned at `place`: of its shard, its set, then other sets."""
+        step, starts = self.step + 1, self._index.reader.starts
         longest = self._plan.tokens_of(np.array([place.sample_id]), step)[0]
-        starts = next(edges for edges in self._index.starts if place.sample_id < edges[-1])
-        own = int(np.searchsorted(starts, place.sample_id, side="right")) - 1
-        others = permutation(random_words(len(starts) - 1, "replacement shards", self._seed, place.sample_id))
-        for shard in (own, *(int(other) for other in others[:100] if other != own)):
+        own = self._index.reader.place(place.sample_id)[0]
+        for shard in (own, *self._other_shards(place.sample_id, own)):
             first, stop = starts[shard : shard + 2].tolist()
             ids = np.arange(first, stop)
             usable = self._sizing.sizes(self._index.shapes(ids), self._sizing.stage_of(step))[0] > 0
@@ -199,6 +197,14 @@ class Loader:
             rows = replacement_rows(self._seed, place.sample_id, place.epoch, usable.nonzero()[0], count=16)
             for row in rows.tolist():
                 yield first + row
+
+    def _other_shards(self, bad_id: int, own: int) -> Iterator[int]:
+        """Up to a hundred other shards of a bad sample's set, then of other sets, where its own has none as short."""
+        edges = np.cumsum([0, *(len(starts) - 1 for starts in self._index.starts)])
+        shards = permutation(random_words(int(edges[-1]), "replacement shards", self._seed, bad_id))
+        in_set = np.digitize(shards, edges) == np.digitize(own, edges)
+        for group in (shards[in_set & (shards != own)], shards[~in_set]):
+            yield from group[:100].tolist()
 
     def _checked(self, place: PlannedSample, raw: RawSample | str) -> Sample | None:
         self._seen += 1

@@ -75,7 +75,10 @@ class _Columns(Mapping[str, np.ndarray]):
             data = self._bytes(first, last)
             column = np.frombuffer(data, COLUMNS[name])
             if column_sum(column) != self._sums[name]:
-                raise DamagedIndexError(f"the index {self._index} is damaged; build it anew with `lumina data index`")
+                raise DamagedIndexError(
+                    f"the index {self._index} is damaged, or another since it was opened; build it anew with "
+                    "`lumina data index` and start again"
+                )
             self._read[name] = column
         return self._read[name]
 

@@ -1,5 +1,6 @@
 """The stream of samples: one and the same under any world, workers and breaks; each id once an epoch of its set."""
 
+import gc
 import json
 import os
 import shutil
@@ -70,7 +71,7 @@ def breaks_of(lanes: int, sets: int) -> int:
     return (sum(map(sum, SETS[:sets])) * 5 // 4 + 32 * lanes) // 48 + 2
 
 
-@pytest.mark.parametrize(("lanes", "sets"), [(1, 1), (3, 2), (4, 3), (8, 1), (8, 3)])
+@pytest.mark.parametrize(("lanes", "sets"), [(1, 1), (3, 2), (8, 3)])
 def test_one_stream_under_any_world(on_disk, lanes: int, sets: int) -> None:
     index = Index.open(on_disk[:sets])
     open_loader = loaders(index, lanes=lanes, packs=8, tokens_per_pack=40, seed=lanes)
@@ -78,7 +79,7 @@ def test_one_stream_under_any_world(on_disk, lanes: int, sets: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lanes", "sets"), [(1, 3), (3, 1), (4, 2), (8, 3)])
+@pytest.mark.parametrize(("lanes", "sets"), [(1, 3), (3, 1), (4, 3), (8, 1)])
 def test_one_stream_under_any_world_and_workers(on_disk, lanes: int, sets: int) -> None:
     index = Index.open(on_disk[:sets])
     open_loader = loaders(index, lanes=lanes, packs=8, tokens_per_pack=40, seed=lanes)
@@ -98,7 +99,7 @@ ANY = {
 }
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(**ANY)
 def test_any_data_and_plan(**drawn) -> None:
     one_stream(**drawn)
@@ -212,9 +213,9 @@ def test_a_state_of_another_number_of_sets_is_refused(on_disk) -> None:
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory) -> Path:
-    """64 shards of 12 samples."""
+    """64 shards of 8 samples."""
     folder = tmp_path_factory.mktemp("many") / "shards"
-    write_shards(folder, [sample(number) for number in range(768)], name="m", samples_per_shard=12)
+    write_shards(folder, [sample(number) for number in range(512)], name="m", samples_per_shard=8)
     return folder
 
 
@@ -244,7 +245,7 @@ def test_a_node_opens_its_lanes_shards_alone(many_shards: Path, monkeypatch) -> 
 
         def run(loader: Loader = loader, served: set[tuple[int, int]] = served) -> None:
             stream = iter(loader)
-            while sum(epoch == 0 for _, epoch in served) < 48:
+            while sum(epoch == 0 for _, epoch in served) < 32:
                 served.update((one.sample_id, one.epoch) for one in samples_of([next(stream)]))
 
         opened = tars_opened(monkeypatch, run)
@@ -264,13 +265,14 @@ def test_a_node_opens_its_lanes_shards_alone(many_shards: Path, monkeypatch) -> 
 
 
 def _tar(sample_id: int) -> str:
-    return f"m-{sample_id // 12:06d}.tar"
+    return f"m-{sample_id // 8:06d}.tar"
 
 
 def test_a_long_run_holds_no_more(many_shards: Path, monkeypatch) -> None:
     """Open files and tables stay within their bounds, however many shards come by."""
-    monkeypatch.setattr(index_module, "_TABLE_SAMPLES", 125)
+    monkeypatch.setattr(index_module, "_TABLE_SAMPLES", 85)
     monkeypatch.setattr(index_module, "_OPEN_SOURCES", 6)
+    gc.collect()  # loaders of other tests may still hold files
     index = Index.open([many_shards])
     loader = loaders(index, lanes=16, packs=16, tokens_per_pack=48, window=8)(0, 1)
     index.column("width")
