@@ -81,7 +81,8 @@ class PackDecoder:
             members = self.reader.read(request.sample_id)
             if not request.usable:
                 found = probe(members)  # its header may be what is wrong
-                raise BadSampleError(f"{found.kind} of {found.height}×{found.width} does not make one whole patch")
+                wrong = "does not divide into whole patches" if found.kind == "latent" else "is smaller than a patch"
+                raise BadSampleError(f"{found.kind} of {found.height}×{found.width} {wrong}")
             fields = parse_json(members)
             texts = (load_text_features(members), None)
             if texts[0] is not None:
