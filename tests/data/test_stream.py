@@ -137,6 +137,33 @@ def one_stream(sets, weights, lanes, packs, tokens, window, worlds, seed) -> Non
             assert np.abs(np.frombuffer(pixels, np.float32) - (levels.ravel() / 127.5 - 1)).max() < 1e-6
 
 
+def test_a_plan_gives_for_a_state_what_it_gives(on_disk, monkeypatch) -> None:
+    """Whatever it was asked before, and also where that failed half-way."""
+    index = Index.open(on_disk)
+    plan = plan_of(index, lanes=3)
+    start = plan.start(index.hash)
+    first, after = plan.batch(start)
+    second, _ = plan.batch(after)
+    assert plan.batch(start) == (first, after)
+    fresh = plan_of(index, lanes=3)
+    assert fresh.batch(after)[0] == second
+    _, now = plan.batch(start)
+    shapes, calls = index.shapes, iter(range(1000))
+
+    def failing(ids: np.ndarray) -> object:
+        if next(calls) == 2:
+            raise ValueError("out of reach")
+        return shapes(ids)
+
+    monkeypatch.setattr(index, "shapes", failing)
+    with pytest.raises(ValueError, match="out of reach"):
+        while True:
+            before = now
+            _, now = plan.batch(now)
+    monkeypatch.undo()
+    assert plan.batch(before) == fresh.batch(before)
+
+
 # A data set that changed
 
 
