@@ -23,8 +23,8 @@ from lumina.data.sources import MissingSourceError, Source
 
 __all__ = ["DataSet", "Index", "ShardReader"]
 
-_OPEN_TABLES = 64
-_OPEN_SOURCES = 128
+_TABLE_SAMPLES = 2**19  # in tables that are kept, some hundred bytes each; of a rank's lanes all that are in use
+_OPEN_SOURCES = 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ShardReader:
         self._cache = Cache(access.cache_dir, access.cache_bytes) if access.cache_dir is not None else None
         # A table is some hundred bytes a sample: those of shards in use are kept, not all.
         self._tables: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._held = 0
         self._sources: OrderedDict[int, Source] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
@@ -105,8 +106,9 @@ class ShardReader:
         """The index of a shard."""
         if shard not in self._tables:
             self._tables[shard] = self.headers[shard].open()
-            if len(self._tables) > _OPEN_TABLES:
-                self._tables.popitem(last=False)
+            self._held += len(self._tables[shard])
+            while self._held > _TABLE_SAMPLES and len(self._tables) > 1:
+                self._held -= len(self._tables.popitem(last=False)[1])
         self._tables.move_to_end(shard)
         return self._tables[shard]
 

@@ -58,6 +58,7 @@ def build_index(shard: str | Path | Source, index_dir: str | Path | None = None)
     source = source_of(shard)
     try:
         before = source.identity()
+        changed_ns = source.stat().st_mtime_ns if isinstance(source, LocalSource) else 0
     except MissingSourceError as error:
         hint = "; give the path of a tar file" if isinstance(source, LocalSource) else ""
         raise ValueError(f"shard {error}{hint}") from error
@@ -84,6 +85,8 @@ def build_index(shard: str | Path | Source, index_dir: str | Path | None = None)
                 identity=None if beside else before,
                 extensions=scanned.extensions,
             )
+            if target.stat().st_mtime_ns < changed_ns:  # the shard is from a clock that is ahead of ours
+                os.utime(target, ns=(changed_ns, changed_ns))
             return target
         except OSError as error:
             if number + 1 < len(targets):

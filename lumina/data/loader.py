@@ -63,10 +63,10 @@ class Batch:
 class Loader:
     """Iterates without end over this rank's share of the global batches, from `state` on.
 
-    A sample that fails its CRC or does not decode is replaced by one that is no longer, out of its own shard if that
-    has one, drawn by (seed, bad id, epoch): the same on every rerun and on whichever rank meets it. It is written to
-    the ledger (a JSON line with shard, key, reason, sample_id, epoch) when it is first met. The run stops once more
-    distinct samples are bad than `bad_budget` allows for the samples this rank has seen.
+    A sample that fails its CRC or does not decode is replaced by one of its set that is no longer, out of its own shard
+    if that has one, drawn by (seed, bad id, epoch): the same on every rerun and on whichever rank meets it. It is
+    written to the ledger (a JSON line with shard, key, reason, sample_id, epoch) when it is first met. The run stops
+    once more distinct samples are bad than `bad_budget` allows for the samples this rank has seen.
 
     Args:
         index: the data sets.
@@ -183,18 +183,28 @@ class Loader:
         )
 
     def _replacements(self, place: PlannedSample) -> Iterator[int]:
-        """Ids of usable samples no longer than the one planned at `place`: of its shard, then of other shards."""
-        step = self.step + 1
+        """Ids of usable samples no longer than the one planned at `place`: of its shard, its set, then other sets."""
+        step, starts = self.step + 1, self._index.reader.starts
         longest = self._plan.tokens_of(np.array([place.sample_id]), step)[0]
         own = self._index.reader.place(place.sample_id)[0]
-        others = permutation(random_words(len(self._index.shards), "replacement shards", self._seed, place.sample_id))
-        for shard in (own, *(int(other) for other in others[:100] if other != own)):
-            first, stop = self._index.reader.starts[shard : shard + 2].tolist()
+        for shard in (own, *self._other_shards(place.sample_id, own)):
+            first, stop = starts[shard : shard + 2].tolist()
             ids = np.arange(first, stop)
             usable = self._sizing.sizes(self._index.shapes(ids), self._sizing.stage_of(step))[0] > 0
             usable &= (self._plan.tokens_of(ids, step) <= longest) & (ids != place.sample_id)
-            for row in replacement_rows(self._seed, place.sample_id, place.epoch, usable.nonzero()[0]).tolist():
+            # Not past those known to be bad: of a video one clip may decode and another not, and what a rank knows
+            # depends on what it has read. Few of each shard, as a shard may be bad as a whole.
+            rows = replacement_rows(self._seed, place.sample_id, place.epoch, usable.nonzero()[0], count=16)
+            for row in rows.tolist():
                 yield first + row
+
+    def _other_shards(self, bad_id: int, own: int) -> Iterator[int]:
+        """Up to a hundred other shards of a bad sample's set, then of other sets, where its own has none as short."""
+        edges = np.cumsum([0, *(len(starts) - 1 for starts in self._index.starts)])
+        shards = permutation(random_words(int(edges[-1]), "replacement shards", self._seed, bad_id))
+        in_set = np.digitize(shards, edges) == np.digitize(own, edges)
+        for group in (shards[in_set & (shards != own)], shards[~in_set]):
+            yield from group[:100].tolist()
 
     def _checked(self, place: PlannedSample, raw: RawSample | str) -> Sample | None:
         self._seen += 1

@@ -12,24 +12,26 @@ from lumina.data.order import SetOrder
 
 __all__ = ["DataState", "Pack", "Plan", "PlannedSample"]
 
-_KEYS = ("packs", "index_hash", "epoch", "lanes")
+_KEYS = ("packs", "index_hash", "epoch", "window", "lanes")
 
 
 @dataclass(frozen=True)
 class DataState:
     """Where the stream stands. Nothing in it depends on the number of ranks or workers.
 
-    `packs` counts the packs handed out so far over all ranks; `index_hash` names the data set.
+    `packs` counts the packs handed out so far over all ranks; `index_hash` names the data set; within `window` samples
+    a lane shuffles, so that under another one those that it has taken would be others.
     """
 
     packs: int
     index_hash: str
+    window: int
     lanes: tuple[LaneState, ...]
 
     @classmethod
-    def start(cls, index_hash: str, lanes: int, sets: int = 1) -> "DataState":
+    def start(cls, index_hash: str, window: int, lanes: int, sets: int = 1) -> "DataState":
         """The beginning of the stream over the data set `index_hash`."""
-        return cls(0, index_hash, (LaneState.start(sets),) * lanes)
+        return cls(0, index_hash, window, (LaneState.start(sets),) * lanes)
 
     @property
     def epoch(self) -> int:
@@ -42,6 +44,7 @@ class DataState:
             "packs": self.packs,
             "index_hash": self.index_hash,
             "epoch": self.epoch,
+            "window": self.window,
             "lanes": [lane.to_dict() for lane in self.lanes],
         }
 
@@ -54,13 +57,16 @@ class DataState:
                 "data order cannot go on with it"
             )
         packs, index_hash, lanes = data["packs"], data["index_hash"], data["lanes"]
-        if type(packs) is not int or packs < 0:
-            raise ValueError(f"packs of a data state must be a whole number of at least 0, not {packs!r}")
+        for name, least in (("packs", 0), ("window", 1)):
+            if type(data[name]) is not int or data[name] < least:
+                raise ValueError(
+                    f"{name} of a data state must be a whole number of at least {least}, not {data[name]!r}"
+                )
         if not isinstance(index_hash, str) or not re.fullmatch("[0-9a-f]{64}", index_hash):
             raise ValueError(f"index_hash of a data state must be 64 hex digits, not {index_hash!r}")
         if not isinstance(lanes, list) or not lanes:
             raise ValueError(f"lanes of a data state must be a list with an entry for each lane, not {lanes!r:.100}")
-        return cls(packs, index_hash, tuple(LaneState.from_dict(lane) for lane in lanes))
+        return cls(packs, index_hash, data["window"], tuple(LaneState.from_dict(lane) for lane in lanes))
 
 
 class Plan:
@@ -108,7 +114,7 @@ class Plan:
         if len(weights) != len(starts) or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"each of {len(starts)} data sets needs a weight above 0, not {list(weights)}")
         self.tokens_per_pack, self.global_batch_packs, self.lanes = tokens_per_pack, global_batch_packs, lanes
-        self.sets = len(starts)
+        self.window, self.sets = window, len(starts)
         self._orders = [SetOrder(edges, lanes, window, seed, i) for i, edges in enumerate(starts)]
         self._thresholds, self._tokens_of, self._seed = thresholds(weights), tokens_of, seed
         self._stage_of = stage_of
@@ -120,21 +126,22 @@ class Plan:
 
     def start(self, index_hash: str) -> DataState:
         """The beginning of the stream."""
-        return DataState.start(index_hash, self.lanes, self.sets)
+        return DataState.start(index_hash, self.window, self.lanes, self.sets)
 
     def batch(self, state: DataState, step: int = 1) -> tuple[list[Pack], DataState]:
         """The packs of the global batch of `step`, which starts at `state`, and the state after it.
 
         Raises:
-            ValueError: the state is of another number of lanes or sets.
+            ValueError: the state is of another number of lanes or sets, or another window.
         """
         lanes = self._lanes_at(state, step)
+        self._live = None  # if this fails half-way, they stand nowhere
         packs, states = [], list(state.lanes)
         for number in range(state.packs, state.packs + self.global_batch_packs):
             packs.append(lanes[number % self.lanes].next_pack(self.tokens_per_pack)[0])
         for number in {n % self.lanes for n in range(state.packs, state.packs + self.global_batch_packs)}:
             states[number] = lanes[number].state
-        after = DataState(state.packs + len(packs), state.index_hash, tuple(states))
+        after = DataState(state.packs + len(packs), state.index_hash, state.window, tuple(states))
         self._live = after, self._stage_of(step), lanes
         return packs, after
 
@@ -157,6 +164,11 @@ class Plan:
             )
         if any(len(lane.at) != self.sets for lane in state.lanes):
             raise ValueError(f"the data state is of {len(state.lanes[0].at)} data sets, there are {self.sets}")
+        if state.window != self.window:
+            raise ValueError(
+                f"data.shuffle_window={self.window}, but the data state is of a run with {state.window}, where a lane "
+                f"has taken other samples; set data.shuffle_window={state.window} to go on with it"
+            )
         stage = self._stage_of(step)
         if self._live is not None and self._live[0] is state and self._live[1] == stage:
             return self._live[2]

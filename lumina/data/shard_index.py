@@ -75,13 +75,19 @@ class _Columns(Mapping[str, np.ndarray]):
             data = self._bytes(first, last)
             column = np.frombuffer(data, COLUMNS[name])
             if column_sum(column) != self._sums[name]:
-                raise DamagedIndexError(f"the index {self._index} is damaged; build it anew with `lumina data index`")
+                raise DamagedIndexError(
+                    f"the index {self._index} is damaged, or another since it was opened; build it anew with "
+                    "`lumina data index` and start again"
+                )
             self._read[name] = column
         return self._read[name]
 
     def _bytes(self, first: int, last: int) -> bytes:
         if not self._index.remote:
-            return self._index.read(self._start + first, last - first)
+            try:
+                return self._index.read(self._start + first, last - first)
+            finally:
+                self._index.close()  # or a run would hold a file open for every shard there is
         # One request for all of them.
         if self._whole is None:
             end = max(tensor["data_offsets"][1] for tensor in self._tensors.values())

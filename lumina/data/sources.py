@@ -146,7 +146,9 @@ class LocalSource(Source):
         except OSError as error:
             raise self._failure(error) from error
         if len(data) != size:
-            raise ValueError(f"{self} ends at byte {offset + len(data)}, {size - len(data)} bytes too soon")
+            raise ValueError(
+                f"{self} ends at byte {self.size()}, before byte {offset + size}; was it cut or written over?"
+            )
         return data
 
     def _pread(self, offset: int, size: int) -> bytes:

@@ -78,7 +78,8 @@ class PackDecoder:
                 found = probe(members)  # its header may be what is wrong
                 if found.kind == "audio":
                     raise BadSampleError("sound is not trained on")
-                raise BadSampleError(f"{found.kind} of {found.height}×{found.width} does not make one whole patch")
+                wrong = "does not divide into whole patches" if found.kind == "latent" else "is smaller than a patch"
+                raise BadSampleError(f"{found.kind} of {found.height}×{found.width} {wrong}")
             fields = parse_json(members)
             texts = load_text_features(members) or (None, None)
             said = (caption_of(members, fields), label_of(fields), encoders_of(fields))

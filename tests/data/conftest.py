@@ -33,7 +33,14 @@ SIZING = Sizing(4, (Stage(0, None),))
 
 
 def plan_of(
-    index: Index, *, seed: int = 0, tokens_per_pack: int = 64, packs: int = 4, lanes: int = 4, sizing: Sizing = SIZING
+    index: Index,
+    *,
+    seed: int = 0,
+    tokens_per_pack: int = 64,
+    packs: int = 4,
+    lanes: int = 4,
+    window: int = 64,
+    sizing: Sizing = SIZING,
 ) -> Plan:
     def tokens_of(ids: np.ndarray, step: int) -> np.ndarray:
         frames, heights, widths = sizing.sizes(index.shapes(ids), sizing.stage_of(step))
@@ -47,7 +54,7 @@ def plan_of(
         tokens_per_pack=tokens_per_pack,
         global_batch_packs=packs,
         lanes=lanes,
-        window=64,
+        window=window,
         seed=seed,
         stage_of=sizing.stage_of,
     )

@@ -213,7 +213,7 @@ def test_a_world_that_does_not_divide_is_refused(make_loader, make_shards, packs
 def test_bad_arguments_are_refused(make_loader, make_plan, make_shards) -> None:
     folder, other = make_shards(5), make_shards(6, name="b")
     index = Index.open([folder])
-    state = DataState.start(Index.open([other]).hash, 4)
+    state = DataState.start(Index.open([other]).hash, 64, 4)
     with pytest.raises(ValueError, match=f"data set has changed: .* {state.index_hash[:12]}.* {index.hash[:12]}"):
         make_loader(folder, state=state)
     with pytest.raises(ValueError, match="rank 2 does not lie in a world of 2"):

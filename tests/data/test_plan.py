@@ -229,18 +229,19 @@ def test_what_cannot_be_planned(change, sentence):
 def test_a_state_of_other_lanes_or_sets():
     plan = plan_of([[9]], lengths_of)
     with pytest.raises(ValueError, match=r"the data state has 3 lanes, data\.lanes=4; set data\.lanes=3"):
-        plan.batch(DataState.start(HASH, 3))
+        plan.batch(DataState.start(HASH, 64, 3))
     with pytest.raises(ValueError, match="the data state is of 2 data sets, there are 1"):
-        plan.batch(DataState.start(HASH, 4, sets=2))
+        plan.batch(DataState.start(HASH, 64, 4, sets=2))
 
 
-GOOD = DataState(7, "a" * 64, (LaneState(3, ((1, 2),), ((5, 0), (6, 1))),)).to_dict()
+GOOD = DataState(7, "a" * 64, 5, (LaneState(3, ((1, 2),), ((5, 0), (6, 1))),)).to_dict()
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"packs": -1}, "packs of a data state must be a whole number of at least 0, not -1"),
+        ({"window": 0}, "window of a data state must be a whole number of at least 1, not 0"),
         ({"packs": True}, "packs of a data state must be a whole number"),
         ({"index_hash": "A" * 64}, "index_hash of a data state must be 64 hex digits"),
         ({"offset": 3}, "a data state has the keys .* earlier version of the data order"),
