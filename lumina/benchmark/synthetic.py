@@ -37,6 +37,7 @@ class IndexRow:
     resident_bytes_after_imports: int
     peak_resident_bytes: int  # after the first batch
     peak_resident_bytes_further: int
+    all_usable: bool
     first_batch_samples: int
     waste: float
 
@@ -94,7 +95,9 @@ def measured_index(folder: Path) -> IndexRow:
     imports, used, start = peak_resident_bytes(), cpu_seconds(), time.perf_counter()
     index = Index.open([folder], build_missing=False)
     opened = time.perf_counter()
-    plan = plan_of(index, Sizing(MULTIPLE, (Stage(0, RESOLUTION),)), TOKENS_PER_PACK, PACKS, SHUFFLE_WINDOW)
+    sizing = Sizing(MULTIPLE, (Stage(0, RESOLUTION),))
+    smallest = sizing.sizes(index.contents.shapes, 0)[0].min()  # a run looks at all there is before it starts
+    plan = plan_of(index, sizing, TOKENS_PER_PACK, PACKS, SHUFFLE_WINDOW)
     planned = time.perf_counter()
     packs, state = plan.batch(plan.start(index.hash))
     drawn = time.perf_counter()
@@ -106,7 +109,7 @@ def measured_index(folder: Path) -> IndexRow:
     return IndexRow(
         samples=len(index),
         shards=len(index.shards),
-        distinct_sizes=len(index.contents.shapes),
+        distinct_sizes=len(index.contents.counts),
         open_seconds=opened - start,
         plan_seconds=planned - opened,
         first_batch_seconds=drawn - planned,
@@ -115,6 +118,7 @@ def measured_index(folder: Path) -> IndexRow:
         resident_bytes_after_imports=imports,
         peak_resident_bytes=peak,
         peak_resident_bytes_further=peak_resident_bytes(),
+        all_usable=bool(smallest > 0),
         first_batch_samples=sum(map(len, packs)),
         waste=plan.waste(state, 1),
     )
