@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -113,8 +114,8 @@ def photograph(number: int) -> bytes:
     rows = np.linspace(0, height, -(-height // _CELL[0]) + 1).astype(int)
     columns = np.linspace(0, width, -(-width // _CELL[1]) + 1).astype(int)
     picture = np.empty((height, width, 3), np.uint8)
-    for top, bottom in zip(rows[:-1], rows[1:], strict=True):
-        for left, right in zip(columns[:-1], columns[1:], strict=True):
+    for top, bottom in pairwise(rows):
+        for left, right in pairwise(columns):
             source = _sources()[draws.integers(len(_sources()))]
             down = draws.integers(source.shape[0] - (bottom - top) + 1)
             across = draws.integers(source.shape[1] - (right - left) + 1)

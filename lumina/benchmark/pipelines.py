@@ -103,10 +103,9 @@ def of_webdataset(pictures: Photographs, resolution: int, workers: int) -> Itera
         .decode("pil")
         .to_tuple("jpg", "txt")
         .map(_Transformed(resolution))
+        .repeat()
     )
-    loader = webdataset.WebLoader(dataset, batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
-    while True:
-        yield from loader
+    yield from webdataset.WebLoader(dataset, batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
 
 
 class Files(Dataset):

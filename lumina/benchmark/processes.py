@@ -4,7 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
@@ -21,7 +21,7 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and its living descendants so far."""
+    """User and system time of this process and its descendants so far, those that ended and were waited for included."""
     import psutil
 
     total = 0.0
@@ -30,21 +30,35 @@ def cpu_seconds() -> float:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        total += times.user + times.system
+        total += times.user + times.system + times.children_user + times.children_system
     return total
 
 
-def resident_bytes() -> int:
-    """Memory held by this process and its living descendants; pages that several share count for each."""
+class Memory(NamedTuple):
+    """Bytes held by processes together.
+
+    resident: pages that several share count for each.
+    proportional: they count once.
+    """
+
+    resident: int
+    proportional: int
+
+
+def memory() -> Memory:
+    """Of this process and its living descendants. `ValueError` where this is not Linux."""
     import psutil
 
-    total = 0
+    resident = proportional = 0
     for process in _tree():
         try:
-            total += process.memory_info().rss
+            held = process.memory_full_info()
         except psutil.NoSuchProcess:
             continue
-    return total
+        if not hasattr(held, "pss"):
+            raise ValueError("memory that processes share is told apart on Linux alone; measure there")
+        resident, proportional = resident + held.rss, proportional + held.pss
+    return Memory(resident, proportional)
 
 
 def peak_resident_bytes() -> int:

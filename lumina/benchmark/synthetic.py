@@ -33,10 +33,10 @@ class IndexRow:
     plan_seconds: float
     first_batch_seconds: float
     further_batches_seconds: float
-    open_to_first_batch_cpu_seconds: float
-    resident_bytes_after_imports: int
-    peak_resident_bytes: int  # after the first batch
-    peak_resident_bytes_further: int
+    start_cpu_seconds: float
+    imported_bytes: int
+    peak_bytes: int  # after the first batch
+    final_peak_bytes: int
     all_usable: bool
     first_batch_samples: int
     waste: float
@@ -114,10 +114,10 @@ def measured_index(folder: Path) -> IndexRow:
         plan_seconds=planned - opened,
         first_batch_seconds=drawn - planned,
         further_batches_seconds=further,
-        open_to_first_batch_cpu_seconds=used,
-        resident_bytes_after_imports=imports,
-        peak_resident_bytes=peak,
-        peak_resident_bytes_further=peak_resident_bytes(),
+        start_cpu_seconds=used,
+        imported_bytes=imports,
+        peak_bytes=peak,
+        final_peak_bytes=peak_resident_bytes(),
         all_usable=bool(smallest > 0),
         first_batch_samples=sum(map(len, packs)),
         waste=plan.waste(state, 1),
