@@ -179,7 +179,7 @@ def measured_memory(pictures: Photographs, resolution: int, workers: int, second
     start, rows = time.perf_counter(), []
     while True:
         passed = time.perf_counter() - start
-        if not rows or passed >= len(rows) * EVERY:
+        if not rows or passed - rows[-1].seconds >= EVERY:
             rows.append(MemoryRow(passed, count, *memory()))
         if passed >= seconds:
             stream.close()
@@ -217,10 +217,7 @@ def slope(rows: list[MemoryRow], name: str) -> float:
 
 
 def _index(arguments: argparse.Namespace, folder: Path, results: record.Results) -> Callable[[], str]:
-    shards = folder / f"synthetic-{arguments.index}"
-    if not shards.exists():
-        print(f"indexes of {arguments.index:,} samples are written …", file=sys.stderr)
-        synthetic.write_indexes(shards, arguments.index)
+    shards = synthetic.indexes(folder, arguments.index)
     for _ in range(arguments.repeats):
         results.add("index", _rows(lambda: [in_fresh_process(synthetic.measured_index, shards)]))
     return lambda: index_table(results.rows)

@@ -21,7 +21,7 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and its descendants so far, those that ended and were waited for included."""
+    """User and system time of this process and its descendants so far, with those that have ended."""
     import psutil
 
     total = 0.0

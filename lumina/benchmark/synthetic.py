@@ -42,6 +42,25 @@ class IndexRow:
     waste: float
 
 
+def indexes(folder: Path, samples: int) -> Path:
+    """The folder below `folder` with the indexes of `write_indexes`, which are written unless they are there.
+
+    Raises:
+        ValueError: it cannot be written, or is there and incomplete.
+    """
+    target = folder / f"synthetic-{samples}"
+    complete = target / "complete"
+    if not target.exists():
+        try:
+            write_indexes(target, samples)
+            complete.touch()
+        except OSError as error:
+            raise ValueError(f"--dir {folder} cannot be written to ({error.strerror})") from error
+    if not complete.exists():
+        raise ValueError(f"{target} is there and was not made to the end; remove it, or name another --dir")
+    return target
+
+
 def write_indexes(folder: Path, samples: int) -> None:
     """Indexes of `samples` pictures with captions, `PER_SHARD` a shard, beside tar files that are holes.
 
