@@ -1,7 +1,6 @@
 """`lumina benchmark loader`: the pipelines give the same pictures, and what is said of them is counted right."""
 
 import io
-import itertools
 import json
 import multiprocessing
 import subprocess
