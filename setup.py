@@ -36,6 +36,7 @@ setup(
         "fsspec[http]>=2024",
         "aiohttp>=3.9",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pillow>=10.3",
         "pydantic>=2.10,<3",
         "pyyaml>=6.0",
@@ -61,6 +62,7 @@ setup(
             "import-linter>=2.1",
             "av>=12",
             "soundfile>=0.12",
+            "scikit-image>=0.25",  # its photographs are what loaders are measured with
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
         ],
     },

@@ -1,11 +1,13 @@
 """Aspect buckets: the shapes, in patches, to which pictures of any size are brought at one resolution."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 
+@lru_cache(64)
 def buckets(resolution_patches: int, max_ratio: float = 4.0) -> tuple[tuple[int, int], ...]:
     """The (height, width) in patches that a resolution allows, wide to tall.
 
@@ -37,6 +39,17 @@ def buckets(resolution_patches: int, max_ratio: float = 4.0) -> tuple[tuple[int,
     return tuple(found)
 
 
+@lru_cache(64)
+def _by_aspect(buckets: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the buckets that are the largest, then the first, of their aspect, and their aspects, ascending."""
+    # Equal fractions give equal quotients in floating point, and unequal ones of sides below ten million different
+    # ones, so that ties are seen exactly.
+    order = sorted(range(len(buckets)), key=lambda i: (buckets[i][1] / buckets[i][0], -_area(buckets[i]), i))
+    aspects = np.array([buckets[i][1] / buckets[i][0] for i in order])
+    first = np.concatenate([[True], aspects[1:] != aspects[:-1]])
+    return np.array(order)[first], aspects[first]
+
+
 def nearest_bucket(height: np.ndarray | int, width: np.ndarray | int, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
     """Index of the bucket that shows most of a picture.
 
@@ -63,12 +76,7 @@ def nearest_bucket(height: np.ndarray | int, width: np.ndarray | int, buckets: S
     if not buckets or min(map(min, buckets)) < 1:
         raise ValueError(f"buckets are (height, width) of at least one patch a side, and at least one; not {buckets}")
 
-    # One bucket of each aspect: the largest, then the first. Equal fractions give equal quotients in floating point,
-    # and unequal ones of sides below ten million different ones, so that ties are seen exactly.
-    order = sorted(range(len(buckets)), key=lambda i: (buckets[i][1] / buckets[i][0], -_area(buckets[i]), i))
-    aspects = np.array([buckets[i][1] / buckets[i][0] for i in order])
-    first = np.concatenate([[True], aspects[1:] != aspects[:-1]])
-    chosen, aspects = np.array(order)[first], aspects[first]
+    chosen, aspects = _by_aspect(tuple(map(tuple, buckets)))
     rows, columns = np.array(buckets, dtype=np.int64)[chosen].T
 
     known = (height > 0) & (width > 0)

@@ -5,9 +5,9 @@ What is held does not grow with the samples: a header of each shard, and the tab
 
 import hashlib
 import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +25,7 @@ __all__ = ["DataSet", "Index", "ShardReader"]
 
 _TABLE_SAMPLES = 2**19  # in tables that are kept, some hundred bytes each; of a rank's lanes all that are in use
 _OPEN_SOURCES = 256
+_MERGED_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,17 @@ class Contents:
     """What is in the data sets, as their shards' headers have it.
 
     Attributes:
-        shapes: (kind, height, width, frames) → samples of that shape.
+        shapes: the distinct ones, each once.
+        counts: int64 (distinct,), samples of each shape.
         uncaptioned, unlabelled: samples without a caption, without a label.
         labels: the smallest and the largest label; None without any.
     """
 
-    shapes: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
-    uncaptioned: int = 0
-    unlabelled: int = 0
-    labels: tuple[int, int] | None = None
+    shapes: Shapes
+    counts: np.ndarray
+    uncaptioned: int
+    unlabelled: int
+    labels: tuple[int, int] | None
 
 
 class Index:
@@ -261,16 +264,36 @@ class Index:
 
 
 def _contents(headers: Iterable[ShardHeader]) -> Contents:
-    shapes: Counter[tuple[int, int, int, int]] = Counter()
-    uncaptioned = unlabelled = 0
+    uncaptioned = unlabelled = waiting = 0
     labels: list[int] = []
+    tables = [(np.empty(0, np.int64),) * 3]
     for header in headers:
-        for *shape, count in header.shapes.tolist():
-            shapes[tuple(shape)] += count
+        kind, height, width, frames, counts = header.shapes.T.astype(np.int64)
+        tables.append((height << 32 | width, frames << 8 | kind, counts))
+        waiting += len(counts)
+        # Now and then: where pictures have any size, the tables of all shards are as long as the data set.
+        if waiting > _MERGED_AT_ONCE:
+            tables, waiting = [_merged(tables)], 0
         uncaptioned += header.uncaptioned
         unlabelled += header.unlabeled
         labels += header.labels or ()
-    return Contents(shapes, uncaptioned, unlabelled, (min(labels), max(labels)) if labels else None)
+    areas, others, counts = _merged(tables)
+    shapes = Shapes(others & 0xFF, areas >> 32, areas & 0xFFFFFFFF, others >> 8)
+    return Contents(shapes, counts, uncaptioned, unlabelled, (min(labels), max(labels)) if labels else None)
+
+
+def _merged(tables: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """Tables (area, other, count) as one, int64 (distinct,) each: each pair of the first two once, counts added up."""
+    areas, others, counts = (np.concatenate(columns) for columns in zip(*tables, strict=True))
+    # Each table is in order of the areas, and a stable sort only merges what is.
+    order = np.argsort(areas, kind="stable")
+    if len(others) and (others != others[0]).any():
+        order = order[np.argsort(others[order], kind="stable")]
+    areas, others, counts = areas[order], others[order], counts[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (areas[1:] != areas[:-1]) | (others[1:] != others[:-1])
+    starts = first.nonzero()[0]
+    return areas[starts], others[starts], np.add.reduceat(counts, starts) if len(starts) else counts
 
 
 def _indexed(source: Source, access: Access, build_missing: bool) -> ShardHeader:

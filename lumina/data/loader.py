@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lumina.data.decode import BadSampleError
+from lumina.data.decode import BadSampleError, pixels_of
 from lumina.data.index import Index
 from lumina.data.order import permutation, random_words, replacement_rows
 from lumina.data.plan import DataState, Pack, Plan, PlannedSample
@@ -211,8 +211,8 @@ class Loader:
         if isinstance(raw, str):
             self._count_bad(place, raw)
             return None
-        arrays = (raw.pixels, raw.latent, raw.text, raw.null_text)
-        pixels, latent, text, null = (None if x is None else torch.from_numpy(x) for x in arrays)
+        pixels = None if raw.levels is None else pixels_of(raw.levels)
+        latent, text, null = (None if x is None else torch.from_numpy(x) for x in (raw.latent, raw.text, raw.null_text))
         key, made = self._index.key(place.sample_id), (latent, text, null, raw.encoders)
         return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, *made)
 

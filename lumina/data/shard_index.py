@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +125,10 @@ class ShardHeader:
     def __len__(self) -> int:
         return self.samples
 
-    @cached_property
+    @property
     def shapes(self) -> np.ndarray:
         """int32 (distinct, 5), ascending: kind, height, width, frames, and the number of samples with these."""
+        # Not kept: over the shards of a large data set it would be most of what an index holds.
         data = zlib.decompress(base64.b64decode(self._shapes))
         return np.frombuffer(data, "<i4").reshape(5, -1).T
 

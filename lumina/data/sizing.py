@@ -83,12 +83,9 @@ class Sizing:
         choice = buckets(resolution // self.multiple)
         table = np.array(choice, np.int64) * self.multiple
         known = (height > 0) & (width > 0)
-        # Pictures have few sizes, and each is looked up once.
-        pairs, inverse = np.unique(np.stack((height, width), -1)[known], axis=0, return_inverse=True)
         rows, columns = np.zeros_like(height), np.zeros_like(width)
-        if len(pairs):
-            found = table[nearest_bucket(pairs[:, 0], pairs[:, 1], choice)][inverse.ravel()]
-            rows[known], columns[known] = found.T
+        if known.any():
+            rows[known], columns[known] = table[nearest_bucket(height[known], width[known], choice)].T
         return rows, columns
 
     def view(self, sample: PlannedSample, size: tuple[int, int, int], stage: int) -> View:

@@ -12,13 +12,13 @@ from lumina.data.decode import (
     BadSampleError,
     View,
     caption_of,
-    decode_view,
     encoders_of,
     label_of,
     load_latent,
     load_text_features,
     parse_json,
     probe,
+    view_levels,
 )
 from lumina.data.index import ShardReader
 from lumina.data.processes import end_with_the_caller, process_context
@@ -43,7 +43,8 @@ class Request:
 class RawSample:
     """A decoded sample on its way between processes.
 
-    pixels: float32 (frames, channels, height, width); None where there are latents.
+    levels: of its pixels, as `view_levels` gives them; None where there are latents. The trainer makes floats of
+        them, which are four times as long and would take longer to hand over than to make.
     latent: mean and deviation of the posterior, (frames, 2·channels, rows, columns).
     text, null_text: features (tokens, width) of the caption and of the empty one, where they were made beforehand.
     encoders: which autoencoder and text encoder made them, in words.
@@ -51,7 +52,7 @@ class RawSample:
 
     # numpy, not torch: tensors would travel by shared memory, of which containers have little, and by a file
     # descriptor each, of which a pack of many samples needs more than a process may open.
-    pixels: np.ndarray | None
+    levels: np.ndarray | None
     latent: np.ndarray | None
     text: np.ndarray | None
     null_text: np.ndarray | None
@@ -84,8 +85,7 @@ class PackDecoder:
             texts = load_text_features(members) or (None, None)
             said = (caption_of(members, fields), label_of(fields), encoders_of(fields))
             if request.view is not None:
-                decoded = decode_view(members, request.view, self.channels)
-                return RawSample(decoded.pixels.numpy(), None, *texts, *said)
+                return RawSample(view_levels(members, request.view, self.channels), None, *texts, *said)
             crops = load_latent(members)
             return RawSample(None, crops[int(request.crop * len(crops))], *texts, *said)
         except BadSampleError as error:

@@ -144,8 +144,7 @@ def _checked_lengths(
     Raises:
         ValueError: where no sample can be used, one is longer than a pack, or of a kind that is not trained on.
     """
-    kinds, counts = list(index.contents.shapes), np.array(list(index.contents.shapes.values()))
-    shapes = Shapes(*np.array(kinds, np.int64).T)
+    shapes, counts = index.contents.shapes, index.contents.counts
     if (shapes.kind == AUDIO).any():
         raise ValueError("data.shards hold audio, which this version indexes and does not train on")
     if not model.frames and ((shapes.kind == LATENT) & (shapes.frames > 1)).any():
@@ -166,7 +165,7 @@ def _checked_lengths(
         too_long = tokens > config.train.tokens_per_pack
         if too_long.any():
             worst = int(tokens.argmax())
-            _, height, width, frames = kinds[worst]
+            frames, height, width = (int(of[worst]) for of in (shapes.frames, shapes.height, shapes.width))
             raise ValueError(
                 f"{int(counts[too_long].sum())} of {len(index)} samples do not fit in train.tokens_per_pack="
                 f"{config.train.tokens_per_pack}: one of {frames} × {height} × {width} (frames, height, width) has "

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save
 
 from lumina.cli import main
+from lumina.data import index as index_module
 from lumina.data.decode import BadSampleError, View, decode_view
 from lumina.data.find import find_shards
 from lumina.data.index import Index
@@ -25,6 +28,8 @@ from lumina.data.shard_index import (
     KINDS,
     SAMPLE_COLUMNS,
     DamagedIndexError,
+    ShardHeader,
+    _histogram,
     index_path,
     index_path_in,
     open_header,
@@ -656,3 +661,29 @@ def test_the_command(make_shards, tmp_path: Path, capsys: pytest.CaptureFixture)
         assert main(["data", "index", url, "--workers", "1"]) == 2
         assert "--index-dir" in capsys.readouterr().err
     assert len(os.listdir(indexes)) == 3
+
+
+@given(
+    st.lists(st.lists(st.tuples(*[st.integers(0, 3)] * 4, st.integers(1, 9)), max_size=6), max_size=5), st.booleans()
+)
+def test_contents_of_all_shards_are_added_up(tables, often):
+    """Each shape once, with the samples of all shards, in whatever portions the shards' tables are merged."""
+    expected: Counter[tuple[int, ...]] = Counter()
+    headers = []
+    for table in tables:
+        rows = {(kind, 2**31 - 4 + height, width, frames * 2**20): n for kind, height, width, frames, n in table}
+        expected.update(rows)
+        columns = np.repeat(np.array(list(rows), np.int32).reshape(-1, 4), list(rows.values()), axis=0).T
+        histogram = _histogram(dict(zip(("kind", "height", "width", "frames"), columns, strict=True)))
+        labels, nowhere = (len(headers), 7), LocalSource("nowhere")
+        told = (columns.shape[1], 0, "", None, (), 1, 2, labels, histogram)
+        headers.append(ShardHeader(nowhere, nowhere, *told, (0, {}, {})))
+    with pytest.MonkeyPatch.context() as patch:
+        if often:
+            patch.setattr(index_module, "_MERGED_AT_ONCE", 3)
+        contents = index_module._contents(headers)
+    found = list(zip(zip(*(column.tolist() for column in contents.shapes), strict=True), contents.counts, strict=True))
+    assert len(found) == len(expected)
+    assert dict(found) == expected
+    assert (contents.uncaptioned, contents.unlabelled) == (len(tables), 2 * len(tables))
+    assert contents.labels == ((0, 7) if tables else None)

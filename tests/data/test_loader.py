@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from lumina.data.decode import decode_view
 from lumina.data.index import Index
 from lumina.data.loader import Batch, Loader, bad_budget
 from lumina.data.plan import DataState
 from lumina.data.sizing import Sizing, Stage
+from lumina.data.workers import PackDecoder
 from tests.data.conftest import SIZING
 
 COUNT = 97
@@ -318,3 +320,25 @@ def test_budget() -> None:
     assert bad_budget(1.0, 50, 100) >= 50
     assert bad_budget(0.01, 10_000, 10**9) == 140
     assert next(n for n in range(1, 1000) if n // 5 > bad_budget(0.01, n, 10**6)) <= 20
+
+
+def test_workers_hand_over_bytes_not_floats(make_loader, make_shards, monkeypatch):
+    """A quarter of the bytes through the pipes; and the floats made of them are those of `decode_view`."""
+    loader = make_loader(make_shards(4))
+    handed = []
+    decode = PackDecoder.__call__
+
+    def watched(self, requests):
+        packs = decode(self, requests)
+        handed.extend((request, raw) for request, raw in zip(requests, packs, strict=True))
+        return packs
+
+    monkeypatch.setattr(PackDecoder, "__call__", watched)
+    (batch,) = take(loader, 1)
+    samples = [sample for pack in batch.packs for sample in pack]
+    assert samples
+    for sample, (request, raw) in zip(samples, handed, strict=False):
+        assert sample.sample_id == request.sample_id
+        assert (raw.levels.dtype, raw.levels.nbytes) == (np.uint8, sample.pixels.nbytes // 4)
+        expected = decode_view(loader._index.read(sample.sample_id), request.view, 1).pixels
+        assert torch.equal(sample.pixels, expected)

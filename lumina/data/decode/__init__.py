@@ -4,7 +4,7 @@ from lumina.data.decode.array import load_latent, load_text_features
 from lumina.data.decode.audio import AUDIO_EXTENSIONS
 from lumina.data.decode.errors import BadSampleError
 from lumina.data.decode.geometry import MAX_PIXELS, View
-from lumina.data.decode.image import IMAGE_EXTENSIONS
+from lumina.data.decode.image import IMAGE_EXTENSIONS, pixels_of
 from lumina.data.decode.sample import (
     MEDIA,
     Decoded,
@@ -13,6 +13,7 @@ from lumina.data.decode.sample import (
     decode_view,
     probe,
     verify,
+    view_levels,
 )
 from lumina.data.decode.text import caption_of, encoders_of, label_of, parse_json
 from lumina.data.decode.video import VIDEO_EXTENSIONS
@@ -35,6 +36,8 @@ __all__ = [
     "load_latent",
     "load_text_features",
     "parse_json",
+    "pixels_of",
     "probe",
     "verify",
+    "view_levels",
 ]

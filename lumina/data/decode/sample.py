@@ -69,15 +69,23 @@ def probe(members: Mapping[str, bytes]) -> Probe:
 
 
 def decode_view(members: Mapping[str, bytes], view: View, channels: int) -> Decoded:
-    """The view of a picture or video, with its caption and label.
+    """The view of a picture or video, with its caption and label: `view_levels` as pixels.
+
+    Raises:
+        BadSampleError, ValueError: as there; also for its .txt or .json.
+    """
+    return _decoded(members, view_levels(members, view, channels))
+
+
+def view_levels(members: Mapping[str, bytes], view: View, channels: int) -> np.ndarray:
+    """The view of a picture or video: (frames, height, width, channels), uint8 or, of 16-bit grey, float32 in 0 … 255.
 
     Pictures are turned as their EXIF says and videos as their display matrix says, transparent parts are laid on
     white, 16-bit grey keeps its precision. What is cut away is not scaled, and JPEGs that are much larger than the
     view are decoded at a part of their size.
 
     Args:
-        members: extension without the dot → content. The caption is .txt, else "caption" of .json; the label is
-            "label" of .json.
+        members: extension without the dot → content.
         view: what is cut out.
         channels: 1 (grey) or 3 (RGB).
 
@@ -97,7 +105,7 @@ def decode_view(members: Mapping[str, bytes], view: View, channels: int) -> Deco
         levels = _array_levels(array.pixel_array(data), view, channels)
     else:
         raise BadSampleError(f".{extension} holds no pixels")
-    return _decoded(members, levels[:, :, ::-1] if view.flip else levels)
+    return levels[:, :, ::-1] if view.flip else levels
 
 
 def decode_audio(members: Mapping[str, bytes], sample_rate: int) -> tuple[np.ndarray, ...]:
