@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumina.checkpoint.load import model_config
 from lumina.config.load import load_config
-from lumina.data.decode import BadSampleError
+from lumina.data.decode import BadSampleError, pixels_of
 from lumina.data.index import Index
 from lumina.data.lanes import PlannedSample
 from lumina.data.loader import bad_budget
@@ -115,10 +115,10 @@ class ShardEncoder:
         # Pictures of one size are encoded in one call; those of other sizes in others.
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, of in views.items():
-            by_shape.setdefault(of[0].pixels.shape, []).append(i)
+            by_shape.setdefault(of[0].levels.shape, []).append(i)
         latents: dict[int, Tensor] = {}
         for (frames, *_), ids in by_shape.items():
-            pixels = torch.from_numpy(np.concatenate([view.pixels for i in ids for view in views[i]]))
+            pixels = torch.cat([pixels_of(view.levels) for i in ids for view in views[i]])
             moments = torch.cat(self._vae.moments(pixels), 1)
             latents |= dict(zip(ids, moments.unflatten(0, (len(ids), self._crops, frames)), strict=True))
         features = [None] * len(views)
