@@ -11,7 +11,7 @@ import numpy as np
 
 from lumina.data.check_shard import NAMED, Problem, ShardResult, check_shard, fresh_index, recorded_index
 from lumina.data.find import folders_of_shards, look_for_shards
-from lumina.data.processes import run_jobs, usable_cores
+from lumina.data.processes import run_jobs
 from lumina.data.shard_index import ShardIndex
 from lumina.data.sources import LocalSource
 
@@ -87,7 +87,6 @@ def check_shards(
         if progress is not None:
             progress(done, total)
 
-    workers = min(usable_cores(), 8) if workers is None else workers
     results = dict(run_jobs(partial(check_shard, decoded=decode), shards, workers, report))
     found = [results[number] for number in range(len(shards))]
     problems += [problem for result in found for problem in result.problems]

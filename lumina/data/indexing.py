@@ -297,7 +297,7 @@ def _kind(source: Source, key: str, contents: Mapping[str, bytes]) -> str:
     found = [extension for extension in contents if extension in KIND_OF_EXTENSION]
     if len(found) != 1:
         raise ValueError(
-            f"sample {key} of shard {source} has {len(found) or 'no'} pictures, only {sorted(contents)}; "
-            f"it must have one of {', '.join(KIND_OF_EXTENSION)}"
+            f"sample {key} of shard {source} has {len(found) or 'none'} of {', '.join(KIND_OF_EXTENSION)} "
+            f"among {sorted(contents)}; it must have one"
         )
     return KIND_OF_EXTENSION[found[0]]

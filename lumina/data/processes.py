@@ -19,21 +19,22 @@ def usable_cores() -> int:
 
 
 def run_jobs(
-    function: Callable[[Any, Report], Any], jobs: Sequence[Any], workers: int, report: Report
+    function: Callable[[Any, Report], Any], jobs: Sequence[Any], workers: int | None, report: Report
 ) -> Iterator[tuple[int, Any]]:
     """(number of the job, what `function(job, report)` returned), as they are done.
 
     Args:
         function: found by its name from another process.
         jobs: small enough to be sent.
-        workers: processes, ≥ 1; with one, or one job, everything runs in this process. They end with the iterator, and
-            at once when this process is killed.
+        workers: processes, ≥ 1; None for one a core, at most eight. With one, or one job, everything runs in this
+            process. They end with the iterator, and at once when this process is killed.
         report: called here with what the jobs report.
 
     Raises:
         ValueError: raised by a job.
         RuntimeError: a process died, or a job raised another error.
     """
+    workers = min(usable_cores(), 8) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     if min(workers, len(jobs)) < 2:

@@ -37,7 +37,7 @@ def write_shards(
 
     Raises:
         ValueError: the folder is not empty or cannot be written, there are no samples, or a sample has a bad key or
-            content, a key that its shard holds already, or no picture.
+            content, a key that its shard holds already, or no medium.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")

@@ -74,7 +74,7 @@ def test_an_empty_folder_is_taken_a_full_one_refused(make_sample, tmp_path: Path
         ({"PNG": b""}, "lower case"),
         ({"_x": b""}, "extension '_x'"),
         ({"txt": 3}, ".txt of sample s0000 must be bytes, text or a dict, not int"),
-        ({"jpg": b""}, "sample s0000 of shard .* has 2 pictures"),
+        ({"jpg": b""}, "sample s0000 of shard .* has 2 of jpg, .* it must have one$"),
     ],
 )
 def test_bad_samples_are_refused(make_sample, tmp_path: Path, change: dict, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lumina.data.recipes.items import Item, Keys, Skips, caption_fault
-from lumina.data.recipes.making import Layout, Progress, Source, Summary, make_shards
+from lumina.data.recipes.making import Items, Layout, Progress, Summary, make_shards
 from lumina.data.recipes.table import file_at, rows
 
 _PATHS = ("path", "image", "image_url")
@@ -65,7 +65,7 @@ def lumina_to_shards(
     config = Path(config).resolve()
     entries = read_entries(config)
 
-    def source(entry: Entry) -> Source:
+    def source(entry: Entry) -> Items:
         return lambda skips: _items(entry, seed, skip_missing, skips)
 
     described = [{"path": str(e.items), "root": str(e.root), "ratio": e.ratio, "type": e.type} for e in entries]

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from lumina.data.order import permutation, random_words
-from lumina.data.processes import Report, run_jobs, usable_cores
+from lumina.data.processes import Report, run_jobs
 from lumina.data.recipes.items import Item, Keys, Skips, extension_of
 from lumina.data.shard_index import index_path
 from lumina.data.write import cut_into_shards, sample_bytes, shard_bytes, sync_folder, write_shard
 
-Source = Callable[[Skips], Iterable[Item]]
+Items = Callable[[Skips], Iterable[Item]]
 Documents = Callable[[Mapping[str, int]], Mapping[str, Any]]
 """JSON files to be written into OUT, name → content, given the samples of each source."""
 Progress = Callable[[str, int, int], object]
@@ -83,7 +83,7 @@ def parse_bytes(text: str) -> int:
 
 def make_shards(
     out: str | Path,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Items],
     *,
     arguments: Mapping[str, Any],
     documents: Documents | None = None,
@@ -136,7 +136,7 @@ def _make(
     out: Path,
     work: Path,
     journal: "_Journal",
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Items],
     asked: Mapping[str, Any],
     documents: Documents,
     mend: str,
@@ -195,8 +195,7 @@ def _write(jobs: list[_Job], journal: "_Journal", layout: Layout, progress: Prog
         done += count
         progress("writing", min(done, total), total)
 
-    workers = min(usable_cores(), 8) if layout.workers is None else layout.workers
-    for number, _ in run_jobs(_write_one, missing, workers, report):
+    for number, _ in run_jobs(_write_one, missing, layout.workers, report):
         journal.note(missing[number])
 
 
