@@ -90,8 +90,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, str, str]]] = {
 }
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "when", ["before indexing", "by the disk", pytest.param("by a program", marks=pytest.mark.slow)]
+    "when",
+    [pytest.param("before indexing", marks=SLOW), "by the disk", pytest.param("by a program", marks=SLOW)],
 )
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_named_and_no_part_served(kind: str, when: str, tmp_path: Path) -> None:
@@ -234,7 +238,7 @@ def test_one_percent_of_jpegs(tmp_path: Path) -> None:
     assert all(tokens[by] <= tokens[bad] and by // 100 == bad // 100 for by, bad in replaced)
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=SLOW)])
 def test_twenty_percent_of_jpegs_stop_the_run(tmp_path: Path, world: int) -> None:
     index = Index.open([jpegs(tmp_path / "jpegs", 300, set(range(2, 300, 5)))])
     loader = loader_of(index, world - 1, world, JPEG_PLAN, ledger_path=tmp_path / "ledger")
@@ -297,7 +301,7 @@ def over_http(server: FaultyServer, shards: int, cache: Path) -> Index:
     return index
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=SLOW)])
 def test_two_loaders_fetch_each_byte_once(tmp_path: Path, workers: int) -> None:
     """With a worker each they are two processes, at work at the same time."""
     folder = tmp_path / "served"
