@@ -149,7 +149,7 @@ def test_stages_change_at_their_step_and_the_stream_goes_on(tmp_path: Path) -> N
     write_shards(tmp_path / "p", [sample(number) for number in range(120)], name="p", samples_per_shard=40)
     index = Index.open([tmp_path / "p"])
     sizing = Sizing(4, (Stage(0, 8), Stage(4, 16), Stage(6, None)), random_crop=True, flip=True)
-    open_loader = loaders(index, sizing, tokens_per_pack=60)
+    open_loader = loaders(index, sizing, tokens_per_pack=40, lanes=2, packs=4)
     stream = iter(open_loader(0, 1))
     sizes = [SIZES[number % len(SIZES)] for number in range(120)]
     seen: Counter[tuple[int, int]] = Counter()
@@ -245,9 +245,9 @@ def test_crops_are_the_same_under_any_world_and_differ_between_epochs(tmp_path: 
     index = Index.open([tmp_path / "p"])
     sizing = Sizing(4, (Stage(0, 12),), random_crop=True, flip=True, seed=9)
     open_loader = loaders(index, sizing, tokens_per_pack=60, seed=9)
-    whole, _ = global_stream(open_loader, 1, None, 12)
+    whole, _ = global_stream(open_loader, 1, None, 10)
     for world in (2, 4):
-        assert global_stream(open_loader, world, None, 12, workers=workers)[0] == whole
+        assert global_stream(open_loader, world, None, 10, workers=workers)[0] == whole
     seen: dict[int, set[bytes]] = {}
     for sample_id, epoch, occurrence, _, _, _, (shape, pixels), *_ in (one for pack in whole for one in pack):
         view = sizing.view(PlannedSample(sample_id, epoch, occurrence), (1, *shape[2:]), 0)
@@ -311,9 +311,9 @@ def test_pictures_videos_and_latents_in_one_set(tmp_path: Path, workers: int) ->
             assert numbers == list(range(numbers[0], there, 2))[: len(levels)]
     assert len(starts) == 5, "clips begin anywhere"
     assert len(crops) == 3
-    whole, _ = global_stream(open_loader, 1, None, 6)
+    whole, _ = global_stream(open_loader, 1, None, 4)
     for world in (2, 4):
-        assert global_stream(open_loader, world, None, 6, workers=workers)[0] == whole
+        assert global_stream(open_loader, world, None, 4, workers=workers)[0] == whole
 
 
 # What is refused at the start of a run
