@@ -117,7 +117,7 @@ def test_time_of_children_counts(waits):
     context = multiprocessing.get_context("fork")
     done = context.Event()
     before = processes.cpu_seconds()
-    child = context.Process(target=burn, args=(0.4, done))
+    child = context.Process(target=burn, args=(0.4, done), daemon=True)
     if not waits:
         done.set()
     child.start()
