@@ -47,6 +47,10 @@ class MemoryHeader(ShardHeader):
 
     columns: dict[str, np.ndarray]
 
+    @property
+    def shapes(self) -> np.ndarray:
+        return np.zeros((0, 5), np.int32)
+
     def open(self) -> ShardIndex:
         return ShardIndex(self, self.columns)
 
@@ -90,9 +94,7 @@ def memory_shard(name: str, number: int, samples: int) -> MemoryHeader:
     columns = {key: np.asarray(values).astype(COLUMNS[key]) for key, values in columns.items()}
     source = MemorySource(f"memory://{name}", content)
     facts = (samples, len(content), source.identity(), None, ("npy", "txt"), 0, samples, None)
-    header = MemoryHeader(source, source, *facts, "", (0, {}, {}), columns=columns)
-    header.__dict__["shapes"] = np.zeros((0, 5), np.int32)
-    return header
+    return MemoryHeader(source, source, *facts, "", (0, {}, {}), columns=columns)
 
 
 def everything(sample: Sample) -> tuple:
