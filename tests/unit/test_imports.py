@@ -203,7 +203,6 @@ PACKAGE_OF = {
     "yaml": "pyyaml",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
-    "skimage": "scikit-image",
     "huggingface_hub": "transformers",
     "skimage": "scikit-image",
 }
