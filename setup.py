@@ -33,7 +33,10 @@ setup(
         "webdataset>=1.0.2,<2",
         "triton>=3.6,<3.9; platform_system == 'Linux'",
         "safetensors>=0.5",
+        "fsspec[http]>=2024",
+        "aiohttp>=3.9",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pillow>=10.3",
         "pydantic>=2.10,<3",
         "pyyaml>=6.0",
@@ -45,7 +48,10 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "audio": ["librosa>=0.10", "soundfile>=0.12"],
+        "s3": ["s3fs>=2024"],
+        "gcs": ["gcsfs>=2024"],
+        "audio": ["librosa>=0.10", "scipy>=1.11", "soundfile>=0.12"],
+        "video": ["av>=12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],
         "test": [
@@ -54,6 +60,9 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.9",
             "import-linter>=2.1",
+            "av>=12",
+            "soundfile>=0.12",
+            "scikit-image>=0.25",  # its photographs are what loaders are measured with
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
         ],
     },

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from lumina.cli_data import add_data
+
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
@@ -96,29 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--vae", metavar="NAME", help="in place of the autoencoder that the folder names")
     sample.set_defaults(run=_sample)
 
-    data = verbs.add_parser(
-        "data",
-        help="make and index data",
-        description="Make small real data sets that need no download, and index shards.",
-        example="lumina data digits data/digits",
-    )
-    recipes = data.add_subparsers(dest="recipe", required=True, metavar="WHAT", parser_class=_Parser)
-    digits = recipes.add_parser(
-        "digits",
-        help="scikit-learn's 1,797 handwritten digits with captions",
-        description="Write scikit-learn's 1,797 handwritten digits with captions as webdataset shards and their index.",
-        example="lumina data digits data/digits",
-    )
-    digits.add_argument("out", metavar="OUT", help="a new or empty folder")
-    digits.set_defaults(run=_data_digits)
-    index = recipes.add_parser(
-        "index",
-        help="index shards",
-        description="Read shards (tar files, folders of them, or patterns), check them and write an index beside each.",
-        example="lumina data index 'data/photos/*.tar'",
-    )
-    index.add_argument("shards", nargs="+", metavar="SHARDS")
-    index.set_defaults(run=_data_index)
+    add_data(verbs, _Parser)
 
     benchmark = verbs.add_parser(
         "benchmark",
@@ -153,6 +133,27 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--head-dim", nargs="+", type=int, default=[96, 128], metavar="E", help="(default 96 128)")
     attention.add_argument("--heads", type=int, metavar="H", help="(default 32; on a CPU 4)")
     attention.set_defaults(run=_benchmark_attention, default_tokens="4096 … 131072; on a CPU 2048")
+    loader = subjects.add_parser(
+        "loader",
+        help="the data loader, beside webdataset and a plain torch Dataset",
+        description="Time what photographs of a megapixel cost until they are pictures of RESOLUTION² pixels to train "
+        "on, by the loader, by a webdataset pipeline and by a torch Dataset of files, each in processes of its own. "
+        "With --minutes, watch the loader's memory instead; with --index, how an index of N samples starts.",
+        example="lumina benchmark loader --dir /tmp/photographs --workers 0 1 4 --out loader.json",
+    )
+    instead = loader.add_mutually_exclusive_group()
+    instead.add_argument("--minutes", type=float, metavar="M", help="run for so long and say how memory goes")
+    instead.add_argument("--index", type=int, metavar="N", help="measure the start with N synthetic samples")
+    loader.add_argument("--images", type=int, default=2000, metavar="N", help="photographs to make (default 2000)")
+    loader.add_argument("--resolution", type=int, default=256, help="a multiple of 16 pixels (default 256)")
+    loader.add_argument(
+        "--workers", nargs="+", type=int, default=[0, 1], metavar="N", help="(default 0 1; of --minutes the largest)"
+    )
+    loader.add_argument("--repeats", type=int, default=5, metavar="N", help="of each measurement (default 5)")
+    loader.add_argument("--samples", type=int, default=500, metavar="N", help="pictures of a measurement (default 500)")
+    loader.add_argument("--dir", help="keep what is made here, or use what is (default: a temporary folder)")
+    loader.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    loader.set_defaults(run=_benchmark_loader)
     for parser_of in (fused, attention):
         tokens = parser_of.get_default("default_tokens")
         parser_of.add_argument("--tokens", nargs="+", type=int, metavar="T", help=f"(default {tokens})")
@@ -186,26 +187,6 @@ def _sample(arguments: argparse.Namespace) -> None:
     draw(arguments)
 
 
-def _data_digits(arguments: argparse.Namespace) -> None:
-    from lumina.data.recipes.digits import write_digits
-
-    summary = write_digits(arguments.out)
-    print(f"{summary.samples:,} digits in {summary.shards} shards under {arguments.out}")
-
-
-def _data_index(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from lumina.data.index import index_shards
-
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("indexing", total=None)
-        count = index_shards(arguments.shards, lambda done, total: progress.update(task, completed=done, total=total))
-    print(f"{count:,} samples indexed")
-
-
 def _benchmark_kernels(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.kernels import benchmark_kernels
 
@@ -216,6 +197,12 @@ def _benchmark_attention(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.attention import benchmark_attention
 
     benchmark_attention(arguments)
+
+
+def _benchmark_loader(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.loader import benchmark_loader
+
+    benchmark_loader(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -66,10 +66,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine() or f"{os.cpu_count()} processors"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Of the packages that are installed, of those that matter."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

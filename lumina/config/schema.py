@@ -36,29 +36,78 @@ class FlowConfig(Section):
 class TextConfig(Section):
     """The frozen text encoder."""
 
-    encoder: str = Field("bytes", description="`bytes`, or a transformers text model by name or folder")
+    encoder: str = Field(
+        "bytes",
+        description="`bytes`, a transformers text model by name or folder, or `none`: features made beforehand",
+    )
     layer: int = Field(-1, description="which hidden state: -1 the last, -2 the one before, …")
     max_tokens: int = Field(128, ge=1, description="captions are cut to this many tokens")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision the encoder runs in")
-    width: int = Field(64, ge=8, description="feature width of `bytes`; a transformers model brings its own")
+    width: int = Field(64, ge=8, description="feature width of `bytes` and `none`; a transformers model brings its own")
 
 
 class VaeConfig(Section):
     """The frozen image autoencoder."""
 
-    model: str = Field("identity", description="`identity` for pixels, or a diffusers AutoencoderKL by name or folder")
+    model: str = Field(
+        "identity",
+        description="`identity` for pixels, a diffusers AutoencoderKL by name or folder, or `none` for latents made "
+        "beforehand",
+    )
+    factor: int = Field(8, ge=1, description="of `none`: pixels that a row of latents stands for")
     scale: float | None = Field(None, gt=0, description="latents are (z - shift) * scale; null takes the model's own")
     shift: float | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
+class DataSetConfig(Section):
+    """One of several data sets that are blended."""
+
+    shards: list[str] = Field(min_length=1, description="as data.shards")
+    weight: float = Field(1.0, gt=0, description="how many samples come from it, in proportion to the others")
+
+
+class StageConfig(Section):
+    """From a step on, another resolution."""
+
+    from_step: int = Field(ge=0)
+    resolution: int | None = Field(ge=1, description="as data.resolution")
+
+
 class DataConfig(Section):
     """What is trained on."""
 
-    shards: list[str] = Field(min_length=1, description="tar files, folders of them, or glob patterns")
+    shards: list[str] = Field(
+        default_factory=list, description="tar files, folders of them, URLs, glob patterns or {000..099} ranges"
+    )
+    sets: list[DataSetConfig] = Field(default_factory=list, description="in place of shards: several sets, blended")
+    resolution: int | None = Field(
+        None, ge=1, description="pictures are scaled and cropped to about this many pixels squared; null only crops"
+    )
+    stages: list[StageConfig] = Field(default_factory=list, description="in place of resolution: one after another")
+    frames: int = Field(1, ge=1, description="a clip of a video has at most so many frames")
+    frame_step: int = Field(1, ge=1, description="every n-th frame of a video")
+    crop: Literal["center", "random"] = "center"
+    flip: bool = Field(False, description="mirror half of the samples")
+    lanes: int | None = Field(
+        None, ge=1, description="streams of packs, each over its own shards; null: global_batch_packs when a run starts"
+    )
+    shuffle_window: int = Field(2048, ge=1, description="samples of a lane that are shuffled among themselves")
+    cache_dir: str | None = Field(None, description="folder in which parts of remote shards are kept, one a node")
+    cache_gb: float = Field(100.0, gt=0, description="upper bound of that folder, in 10⁹ bytes")
+    index_dir: str | None = Field(None, description="folder for the indexes of remote shards without one beside them")
+    pipe_programs: list[str] = Field(default_factory=list, description="programs that `pipe:` shards may run")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions (or labels) replaced by none")
     workers: int = Field(0, ge=0, description="processes that read and decode ahead; 0 reads in the trainer")
     bad_samples: float = Field(0.01, ge=0, le=1, description="share of unreadable samples at which the run stops")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "DataConfig":
+        if bool(self.shards) == bool(self.sets):
+            raise ValueError("name what to train on by data.shards, or several sets by data.sets; one of the two")
+        if self.stages and self.resolution is not None:
+            raise ValueError("data.stages says the resolution of each step; leave data.resolution out")
+        return self
 
 
 class TrainConfig(Section):

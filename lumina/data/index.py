@@ -1,126 +1,91 @@
-"""The index of a data set: all shards of a run, and any sample's bytes by number."""
+"""The index of the data sets of a run: all shards, the shapes of any samples, and any sample's bytes by number.
 
-import fnmatch
+What is held does not grow with the samples: a header of each shard, and the tables of those last looked at.
+"""
+
 import hashlib
-import os
-import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from lumina.data.cache import Cache
 from lumina.data.decode import BadSampleError
-from lumina.data.shard_index import SAMPLE_COLUMNS, ShardIndex, build_index, index_path, open_index
+from lumina.data.find import find_shards
+from lumina.data.indexing import build_index
+from lumina.data.shard_index import ShardHeader, ShardIndex, open_header, open_headers
+from lumina.data.sizing import Shapes
+from lumina.data.sources import MissingSourceError, Source
 
-__all__ = ["Index", "ShardReader", "build_index", "find_shards", "index_path", "index_shards"]
+__all__ = ["DataSet", "Index", "ShardReader"]
+
+_TABLE_SAMPLES = 2**19  # in tables that are kept, some hundred bytes each; of a rank's lanes all that are in use
+_OPEN_SOURCES = 256
+_MERGED_AT_ONCE = 1 << 21
 
 
-def find_shards(patterns: Sequence[str | Path]) -> list[Path]:
-    """The tar files that `patterns` (tar files, folders of them, globs) name, sorted by file name.
+@dataclass(frozen=True)
+class DataSet:
+    """Shards that make one data set, and how many samples come from it in proportion to the others."""
 
-    Raises:
-        ValueError: a pattern names nothing, or a shard is missing: its index lies there without it, or the
-            numbers in a folder have a gap.
+    shards: Sequence[str | Path]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Access:
+    """How shards are reached.
+
+    Attributes:
+        cache_dir, cache_bytes: where parts of remote shards are kept, and how much of them; None keeps none.
+        index_dir: folder for the indexes of shards that have none beside them; None has none.
+        pipe_programs: programs that `pipe:` may run.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            folder, glob = path, "*.tar"
-        elif any(sign in path.name for sign in "*?["):
-            folder, glob = path.parent, path.name
-        elif path.is_file():
-            found.add(path.resolve())
-            continue
-        else:
-            raise ValueError(f"data.shards: {pattern} is missing; give a tar file, a folder of tar files or a glob")
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        tars = [name for name in names if name.endswith(".tar") and fnmatch.fnmatchcase(name, glob)]
-        if not tars:
-            raise ValueError(f"data.shards: {pattern} matches no .tar file")
-        _refuse_missing(folder, glob, names, tars, whole_folder=path.is_dir())
-        found |= {(folder / name).resolve() for name in tars}
-    return sorted(found, key=lambda shard: (shard.name, str(shard)))
 
-
-def _refuse_missing(folder: Path, glob: str, names: list[str], tars: list[str], whole_folder: bool) -> None:
-    suffix = index_path(Path(".tar")).name
-    for name in names:
-        tar = name.removesuffix(suffix) + ".tar"
-        if name.endswith(suffix) and fnmatch.fnmatchcase(tar, glob) and tar not in tars:
-            raise ValueError(
-                f"shard {folder / tar} is missing: its index is there without it; restore it, or delete both"
-            )
-    if not whole_folder:
-        return
-    numbered: dict[tuple[str, int], list[int]] = {}
-    for tar in tars:
-        if match := re.fullmatch(r"(.*?)(\d+)\.tar", tar):
-            numbered.setdefault((match[1], len(match[2])), []).append(int(match[2]))
-    for (prefix, digits), numbers in numbered.items():
-        gaps = sorted(set(range(min(numbers), max(numbers))) - set(numbers)) if len(numbers) > 1 else []
-        if gaps:
-            missing = f"{prefix}{gaps[0]:0{digits}d}.tar"
-            raise ValueError(
-                f"shard {folder / missing} is missing ({len(gaps)} of {max(numbers) - min(numbers) + 1} numbers are); "
-                "restore it, or name the shards you mean by a glob"
-            )
-
-
-def index_shards(patterns: Sequence[str | Path], progress: Callable[[int, int], object] | None = None) -> int:
-    """Build the indexes that are missing or out of date, as `lumina data index` does.
-
-    Args:
-        patterns: tar files, folders of tar files, globs.
-        progress: called with (shards done, shards in all) after each shard.
-
-    Returns:
-        Number of samples in all the shards. Interrupted, it goes on where it was.
-
-    Raises:
-        ValueError: a shard is missing or damaged.
-    """
-    shards = find_shards(patterns)
-    samples = 0
-    for done, table in enumerate(_tables(shards, build_missing=True), 1):
-        samples += len(table)
-        if progress is not None:
-            progress(done, len(shards))
-    return samples
+    cache_dir: str | None = None
+    cache_bytes: int = 10**11
+    index_dir: str | None = None
+    pipe_programs: tuple[str, ...] = ()
 
 
 class ShardReader:
     """Reads samples by number. Small enough to send to another process, and safe to use there.
 
     Args:
-        shards: tar files in the order of the index.
-        hashes: SHA-256 of each, as it was when the index was opened.
+        headers: of the shards, in the order of the index.
         starts: int64 (shards + 1,), number of the first sample of each, and the number of samples.
+        access: how remote shards are reached.
     """
 
-    def __init__(self, shards: Sequence[Path], hashes: Sequence[str], starts: np.ndarray) -> None:
-        self.shards, self.hashes = list(shards), list(hashes)
-        self.starts = starts
+    def __init__(self, headers: Sequence[ShardHeader], starts: np.ndarray, access: Access) -> None:
+        self.headers, self.starts, self.access = list(headers), starts, access
+        self._cache = Cache(access.cache_dir, access.cache_bytes) if access.cache_dir is not None else None
         # A table is some hundred bytes a sample: those of shards in use are kept, not all.
         self._tables: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._held = 0
+        self._sources: OrderedDict[int, Source] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"shards": self.shards, "hashes": self.hashes, "starts": self.starts}
+        return {"headers": self.headers, "starts": self.starts, "access": self.access}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)
 
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+    def place(self, sample_id: int) -> tuple[int, int]:
+        """(shard, row in it) of a sample."""
+        if not 0 <= sample_id < self.starts[-1]:
+            raise ValueError(f"there is no sample {sample_id}; the data set has samples 0 to {self.starts[-1] - 1}")
+        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return shard, int(sample_id - self.starts[shard])
 
-    def locate(self, sample_id: int) -> tuple[Path, str]:
+    def locate(self, sample_id: int) -> tuple[Source, str]:
         """(shard, key) of a sample."""
-        shard, row = self._place(sample_id)
-        return self.shards[shard], self._table(shard).key(row)
+        shard, row = self.place(sample_id)
+        return self.headers[shard].source, self.table(shard).key(row)
 
     def read(self, sample_id: int) -> dict[str, bytes]:
         """Members of a sample: extension without the dot → content.
@@ -129,90 +94,152 @@ class ShardReader:
             BadSampleError: the bytes are not those that were indexed (CRC32).
             ValueError: the shard is gone, or changed since the index was opened.
         """
-        shard, row = self._place(sample_id)
+        shard, row = self.place(sample_id)
         contents = {}
-        for extension, offset, size, crc in self._table(shard).members(row):
-            try:
-                data = os.pread(self._file(shard), size, offset)
-            except OSError as error:
-                raise ValueError(f"shard {self.shards[shard]} cannot be read ({error.strerror})") from error
-            if len(data) != size or zlib.crc32(data) != crc:
+        for extension, offset, size, crc in self.table(shard).members(row):
+            data = self._bytes(shard, offset, size)
+            if zlib.crc32(data) != crc:
                 raise BadSampleError(f".{extension} at byte {offset} does not match its CRC")
             contents[extension] = data
         return contents
 
-    def _place(self, sample_id: int) -> tuple[int, int]:
-        if not 0 <= sample_id < self.starts[-1]:
-            raise ValueError(f"there is no sample {sample_id}; the data set has samples 0 to {self.starts[-1] - 1}")
-        shard = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
-        return shard, int(sample_id - self.starts[shard])
-
-    def _table(self, shard: int) -> ShardIndex:
+    def table(self, shard: int) -> ShardIndex:
+        """The index of a shard."""
         if shard not in self._tables:
-            table = open_index(self.shards[shard]) if self.shards[shard].is_file() else None
-            if table is None or table.shard_sha256 != self.hashes[shard]:
-                raise ValueError(f"shard {self.shards[shard]} was removed or changed while it was in use")
-            self._tables[shard] = table
-            if len(self._tables) > 128:
-                self._tables.popitem(last=False)
+            self._tables[shard] = self.headers[shard].open()
+            self._held += len(self._tables[shard])
+            while self._held > _TABLE_SAMPLES and len(self._tables) > 1:
+                self._held -= len(self._tables.popitem(last=False)[1])
         self._tables.move_to_end(shard)
         return self._tables[shard]
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
-            if len(self._files) > 128:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        header = self.headers[shard]
+        source = header.source
+        try:
+            if shard not in self._sources:
+                if not source.remote and self._changed(header):
+                    raise MissingSourceError
+                self._sources[shard] = source
+                if len(self._sources) > _OPEN_SOURCES:
+                    self._sources.popitem(last=False)[1].close()
+            self._sources.move_to_end(shard)
+            return source.read(offset, size) if self._cache is None else self._cache.read(source, offset, size)
+        except MissingSourceError as error:
+            raise ValueError(f"shard {source} was removed or changed while it was in use") from error
+
+    def _changed(self, header: ShardHeader) -> bool:
+        """Whether a local shard is another than when its header was read."""
+        now = open_header(header.source, self.access.index_dir)
+        return now is None or now.shard_sha256 != header.shard_sha256
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in the data sets, as their shards' headers have it.
+
+    Attributes:
+        shapes: the distinct ones, each once.
+        counts: int64 (distinct,), samples of each shape.
+        uncaptioned, unlabelled: samples without a caption, without a label.
+        labels: the smallest and the largest label; None without any.
+    """
+
+    shapes: Shapes
+    counts: np.ndarray
+    uncaptioned: int
+    unlabelled: int
+    labels: tuple[int, int] | None
 
 
 class Index:
-    """A data set: samples 0 … N-1 over its shards, sorted by file name.
+    """The data sets of a run: samples 0 … N-1 over their shards, set after set, sorted by file name within one.
 
     Attributes:
         hash: 64 hex digits, identity of the data: it changes with any shard's name or content, not with their
             folder or the order they were named in.
-        heights, widths, frames: int32 (N,), pixels and frames; height and width 0 where the picture's header is bad.
-        caption_lengths: int32 (N,), characters; -1 without a caption.
-        labels: int64 (N,); -1 without a label.
+        shards: headers of all.
+        starts: of each set int64 (shards + 1,), number of the first sample of each shard, and that after the last.
+        weights: of each set.
+        contents: what is in them.
         reader: what reads samples, to be sent to other processes.
     """
 
-    def __init__(self, tables: Iterable[ShardIndex]) -> None:
-        parts = [
-            (table.shard.name, table.shard_sha256, table.shard, [table.columns[name] for name in SAMPLE_COLUMNS])
-            for table in tables
-        ]
+    def __init__(
+        self, sets: Sequence[Iterable[ShardHeader]], weights: Sequence[float] = (1.0,), access: Access | None = None
+    ) -> None:
         # By content where names are equal: ids must not depend on the folders the shards lie in.
-        parts.sort(key=lambda part: part[:2])
-        first_with: dict[str, Path] = {}
-        for _, sha256, shard, _ in parts:
-            if sha256 in first_with:
-                raise ValueError(f"shards {first_with[sha256]} and {shard} hold the same bytes; name one of them")
-            first_with[sha256] = shard
-        self.hash = hashlib.sha256(repr([part[:2] for part in parts]).encode()).hexdigest()
-        columns = [np.concatenate(column) for column in zip(*(part[3] for part in parts), strict=True)]
-        self.heights, self.widths, self.frames, self.caption_lengths, self.labels = columns
-        starts = np.cumsum([0, *(len(part[3][0]) for part in parts)], dtype=np.int64)
-        self.reader = ShardReader([part[2] for part in parts], [part[1] for part in parts], starts)
+        ordered = [sorted(headers, key=lambda header: (header.source.name, header.shard_sha256)) for headers in sets]
+        self.shards = [header for headers in ordered for header in headers]
+        first_with: dict[str, Source] = {}
+        for header in self.shards:
+            if header.shard_sha256 in first_with:
+                first = first_with[header.shard_sha256]
+                raise ValueError(f"shards {first} and {header.source} hold the same bytes; name one of them")
+            first_with[header.shard_sha256] = header.source
+        names = [[(header.source.name, header.shard_sha256) for header in headers] for headers in ordered]
+        self.hash = hashlib.sha256(repr(names[0] if len(names) == 1 else names).encode()).hexdigest()
+        starts = np.cumsum([0, *map(len, self.shards)], dtype=np.int64)
+        edges = np.cumsum([0, *(len(headers) for headers in ordered)]).tolist()
+        self.starts = [starts[first : stop + 1] for first, stop in pairwise(edges)]
+        self.weights = list(weights)
+        self.reader = ShardReader(self.shards, starts, access or Access())
+        self.contents = _contents(self.shards)
 
     @classmethod
-    def open(cls, patterns: Sequence[str | Path], build_missing: bool = True) -> "Index":
-        """Open the shards that `patterns` (tar files, folders, globs) name.
+    def open(
+        cls,
+        sets: Sequence[DataSet | str | Path],
+        access: Access | None = None,
+        *,
+        build_missing: bool = True,
+        progress: Callable[[int], object] | None = None,
+    ) -> "Index":
+        """Open the data sets that `sets` name; paths and patterns alone are one set.
 
         Args:
-            patterns: as in `data.shards`.
+            sets: patterns as in `data.shards`, or data sets.
+            access: how remote shards are reached.
             build_missing: build an index that is missing or does not match its shard, which reads the whole shard;
                 otherwise refuse. Of several ranks let one open with True before the others.
+            progress: called with the number of shards opened so far.
 
         Raises:
             ValueError: a shard is missing, damaged, named twice under two names, or not indexed.
         """
-        return cls(_tables(find_shards(patterns), build_missing))
+        access = access or Access()
+        if not all(isinstance(one, DataSet) for one in sets):
+            sets = [DataSet(sets)]
+        opened, headers = 0, []
+        for one in sets:
+            sources = find_shards(one.shards, pipe_programs=access.pipe_programs)
+            headers.append([])
+            for source, header in zip(sources, open_headers(sources, access.index_dir), strict=True):
+                headers[-1].append(header or _indexed(source, access, build_missing))
+                opened += 1
+                if progress is not None:
+                    progress(opened)
+        return cls(headers, [one.weight for one in sets], access)
 
     def __len__(self) -> int:
         return int(self.reader.starts[-1])
+
+    def shapes(self, ids: np.ndarray) -> Shapes:
+        """Shapes of samples, int64 ids (n,)."""
+        ids = np.asarray(ids, np.int64)
+        found = np.empty((4, len(ids)), np.int64)
+        shards = np.searchsorted(self.reader.starts, ids, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            rows = ids[here] - self.reader.starts[shard]
+            columns = self.reader.table(shard).columns
+            for i, name in enumerate(Shapes._fields):
+                found[i, here] = columns[name][rows]
+        return Shapes(*found)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of all samples (`SAMPLE_COLUMNS`), (N,): for tools, as it grows with the samples."""
+        return np.concatenate([header.open().columns[name] for header in self.shards])
 
     def key(self, sample_id: int) -> str:
         """Key of a sample, unique within its shard."""
@@ -227,17 +254,53 @@ class Index:
         """Members of a sample, checked; see `ShardReader.read`."""
         return self.reader.read(sample_id)
 
+    def find(self, wrong: Callable[[ShardIndex], np.ndarray]) -> int | None:
+        """The first sample for which `wrong` of its shard's table, a bool (samples,), is true; reads all tables."""
+        for shard, start in enumerate(self.reader.starts[:-1].tolist()):
+            rows = wrong(self.reader.table(shard)).nonzero()[0]
+            if len(rows):
+                return start + int(rows[0])
+        return None
 
-def _tables(shards: Sequence[Path], build_missing: bool) -> Iterable[ShardIndex]:
-    for shard in shards:
-        table = open_index(shard)
-        if table is None and not build_missing:
-            raise ValueError(
-                f"shard {shard} has no index that matches it; build it with `lumina data index {shard.parent}`"
-            )
-        if table is None:
-            build_index(shard)
-            table = open_index(shard)
-        if table is None:
-            raise ValueError(f"shard {shard} changed while it was indexed; index it again when it is complete")
-        yield table
+
+def _contents(headers: Iterable[ShardHeader]) -> Contents:
+    uncaptioned = unlabelled = waiting = 0
+    labels: list[int] = []
+    tables = [(np.empty(0, np.int64),) * 3]
+    for header in headers:
+        kind, height, width, frames, counts = header.shapes.T.astype(np.int64)
+        tables.append((height << 32 | width, frames << 8 | kind, counts))
+        waiting += len(counts)
+        # Now and then: where pictures have any size, the tables of all shards are as long as the data set.
+        if waiting > _MERGED_AT_ONCE:
+            tables, waiting = [_merged(tables)], 0
+        uncaptioned += header.uncaptioned
+        unlabelled += header.unlabeled
+        labels += header.labels or ()
+    areas, others, counts = _merged(tables)
+    shapes = Shapes(others & 0xFF, areas >> 32, areas & 0xFFFFFFFF, others >> 8)
+    return Contents(shapes, counts, uncaptioned, unlabelled, (min(labels), max(labels)) if labels else None)
+
+
+def _merged(tables: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """Tables (area, other, count) as one, int64 (distinct,) each: each pair of the first two once, counts added up."""
+    areas, others, counts = (np.concatenate(columns) for columns in zip(*tables, strict=True))
+    # Each table is in order of the areas, and a stable sort only merges what is.
+    order = np.argsort(areas, kind="stable")
+    if len(others) and (others != others[0]).any():
+        order = order[np.argsort(others[order], kind="stable")]
+    areas, others, counts = areas[order], others[order], counts[order]
+    first = np.ones(len(order), bool)
+    first[1:] = (areas[1:] != areas[:-1]) | (others[1:] != others[:-1])
+    starts = first.nonzero()[0]
+    return areas[starts], others[starts], np.add.reduceat(counts, starts) if len(starts) else counts
+
+
+def _indexed(source: Source, access: Access, build_missing: bool) -> ShardHeader:
+    if not build_missing:
+        raise ValueError(f"shard {source} has no index that matches it; build it with `lumina data index {source}`")
+    build_index(source, access.index_dir)
+    header = open_header(source, access.index_dir)
+    if header is None:
+        raise ValueError(f"shard {source} changed while it was indexed; index it again when it is complete")
+    return header

@@ -3,34 +3,44 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lumina.data.decode import BadSampleError, cropped_size
+from lumina.data.decode import BadSampleError, pixels_of
 from lumina.data.index import Index
-from lumina.data.order import replacement_candidates
+from lumina.data.order import permutation, random_words, replacement_rows
 from lumina.data.plan import DataState, Pack, Plan, PlannedSample
-from lumina.data.workers import PackDecoder, RawSample, decoded_in_order
+from lumina.data.sizing import LATENT, Sizing
+from lumina.data.workers import PackDecoder, RawSample, Request, decoded_in_order
 
 
 @dataclass
 class Sample:
-    """A decoded sample: `pixels` (frames, channels, height, width) float32 in [-1, 1].
+    """A decoded sample: `pixels` (frames, channels, height, width) float32 in [-1, 1], or `latent`.
 
     (sample_id, epoch, occurrence) names this place in the stream; occurrence is above 0 for a replacement.
+
+    latent: mean and deviation of the autoencoder's posterior, where `lumina data encode` made it beforehand.
+    text, null_text: features of the caption and of the empty one, where they were made beforehand.
+    encoders: what made them, in words: "vae" and "text".
     """
 
     sample_id: int
     epoch: int
     occurrence: int
     key: str
-    pixels: Float[Tensor, "f c h w"]
+    pixels: Float[Tensor, "f c h w"] | None
     caption: str | None
     label: int | None
+    latent: Float[Tensor, "f c2 rows columns"] | None = None
+    text: Float[Tensor, "l width"] | None = None
+    null_text: Float[Tensor, "k width"] | None = None
+    encoders: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,19 +63,21 @@ class Batch:
 class Loader:
     """Iterates without end over this rank's share of the global batches, from `state` on.
 
-    A sample that fails its CRC or does not decode is replaced by one that is no longer, drawn by (seed, bad id,
-    epoch): the same on every rerun and on whichever rank meets it. It is written to the ledger (a JSON line with shard,
-    key, reason, sample_id, epoch) when it is first met. The run stops once more distinct samples are bad than
-    `bad_budget` allows for the samples this rank has seen.
+    A sample that fails its CRC or does not decode is replaced by one of its set that is no longer, out of its own shard
+    if that has one, drawn by (seed, bad id, epoch): the same on every rerun and on whichever rank meets it. It is
+    written to the ledger (a JSON line with shard, key, reason, sample_id, epoch) when it is first met. The run stops
+    once more distinct samples are bad than `bad_budget` allows for the samples this rank has seen.
 
     Args:
-        index: the data set.
+        index: the data sets.
         plan: made for it; its `global_batch_packs` must be a multiple of `world`.
+        sizing: what size each sample is read at.
         rank, world: data-parallel rank and size.
-        channels, multiple: see `decode`.
+        channels: of the pixels, 1 (grey) or 3 (RGB).
         workers: processes that decode ahead, each up to two packs; 0 decodes in this process. The samples are the same.
         bad_samples: share of bad samples above which the run stops.
         state: where to start; the beginning if None.
+        step: optimizer steps already done; the stage of `sizing` follows from it.
         ledger_path: file the ledger is appended to; ranks need a file each. None keeps none.
         seed: seed of the run; chooses replacements.
 
@@ -78,14 +90,15 @@ class Loader:
         self,
         index: Index,
         plan: Plan,
+        sizing: Sizing,
         *,
         rank: int,
         world: int,
         channels: int,
-        multiple: int,
         workers: int = 0,
         bad_samples: float = 0.01,
         state: DataState | None = None,
+        step: int = 0,
         ledger_path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
@@ -97,9 +110,7 @@ class Loader:
             raise ValueError(
                 f"data.workers={workers} must be at least 0 and data.bad_samples={bad_samples} lie between 0 and 1"
             )
-        if len(plan) != len(index):
-            raise ValueError(f"the plan was made for {len(plan)} samples, the data set has {len(index)}")
-        state = state or DataState.start(index.hash)
+        state = state or plan.start(index.hash)
         if state.index_hash != index.hash:
             raise ValueError(
                 f"the data set has changed: the run stands in data {state.index_hash[:12]}, data.shards now names "
@@ -107,10 +118,11 @@ class Loader:
             )
         self.state = state
         """Where the next batch starts."""
-        self._index, self._plan, self._rank, self._world, self._seed = index, plan, rank, world, seed
-        self._decoder = PackDecoder(index.reader, channels, multiple)
-        heights, widths = cropped_size(index.heights, index.widths, multiple)
-        self._sizes = torch.from_numpy(heights), torch.from_numpy(widths)
+        self.step = step
+        """Steps before it."""
+        self._index, self._plan, self._sizing = index, plan, sizing
+        self._rank, self._world, self._seed = rank, world, seed
+        self._decoder = PackDecoder(index.reader, channels)
         self._workers, self._share = workers, bad_samples
         self._ledger = Path(ledger_path) if ledger_path is not None else None
         self._seen = 0
@@ -120,13 +132,14 @@ class Loader:
         planned: list[tuple[list[Pack], int, DataState]] = []
         mine = self._plan.global_batch_packs // self._world
 
-        def upcoming() -> Iterator[list[int]]:
-            state = self.state
+        def upcoming() -> Iterator[list[Request]]:
+            state, step = self.state, self.step
             while True:
-                packs, state = self._plan.batch(state)
+                step += 1
+                packs, state = self._plan.batch(state, step)
                 planned.append((packs[self._rank :: self._world], sum(map(len, packs)), state))
                 for pack in planned[-1][0]:
-                    yield [sample.sample_id for sample in pack]
+                    yield self._requests(pack, step)
 
         decoded = decoded_in_order(self._decoder, upcoming(), self._workers)
         try:
@@ -137,46 +150,71 @@ class Loader:
                     [self._sample(place, raw) for place, raw in zip(pack, raw_pack, strict=True)]
                     for pack, raw_pack in zip(packs, raw_packs, strict=True)
                 ]
-                self.state = state_after
+                self.state, self.step = state_after, self.step + 1
                 yield Batch(samples, global_samples, state_after, len(self._bad))
         finally:
             decoded.close()
+
+    def _requests(self, pack: Pack, step: int) -> list[Request]:
+        stage = self._sizing.stage_of(step)
+        shapes = self._index.shapes(np.array([place.sample_id for place in pack], np.int64))
+        sizes = np.stack(self._sizing.sizes(shapes, stage), -1).tolist()
+        requests = []
+        for place, size, kind in zip(pack, sizes, shapes.kind.tolist(), strict=True):
+            usable = size[0] > 0
+            view = self._sizing.view(place, tuple(size), stage) if usable and kind != LATENT else None
+            requests.append(Request(place.sample_id, view, self._sizing.crop(place), usable))
+        return requests
 
     def _sample(self, place: PlannedSample, raw: RawSample | str) -> Sample:
         """The sample planned at `place`, or what stands in for it."""
         sample = self._checked(place, raw)
         if sample is not None:
             return sample
-        tokens = self._plan.tokens
-        allowed = self._plan.usable & (tokens <= tokens[place.sample_id])
-        allowed[place.sample_id] = False
-        for candidate in replacement_candidates(
-            self._seed, place.sample_id, place.epoch, allowed.nonzero()[0]
-        ).tolist():
+        for candidate in self._replacements(place):
             # One plus the bad id: two bad samples of an epoch may draw one stand-in, and its noise must differ.
             stand_in = PlannedSample(candidate, place.epoch, place.occurrence + 1 + place.sample_id)
-            sample = self._checked(stand_in, self._decoder([candidate])[0])
+            (request,) = self._requests((stand_in,), self.step + 1)
+            sample = self._checked(stand_in, self._decoder([request])[0])
             if sample is not None:
                 return sample
         raise ValueError(
-            f"{self._index.name(place.sample_id)} cannot be read and no sample of at most "
-            f"{tokens[place.sample_id]} tokens can stand in for it"
+            f"{self._index.name(place.sample_id)} cannot be read and no sample that is as short can stand in for it"
         )
+
+    def _replacements(self, place: PlannedSample) -> Iterator[int]:
+        """Ids of usable samples no longer than the one planned at `place`: of its shard, its set, then other sets."""
+        step, starts = self.step + 1, self._index.reader.starts
+        longest = self._plan.tokens_of(np.array([place.sample_id]), step)[0]
+        own = self._index.reader.place(place.sample_id)[0]
+        for shard in (own, *self._other_shards(place.sample_id, own)):
+            first, stop = starts[shard : shard + 2].tolist()
+            ids = np.arange(first, stop)
+            usable = self._sizing.sizes(self._index.shapes(ids), self._sizing.stage_of(step))[0] > 0
+            usable &= (self._plan.tokens_of(ids, step) <= longest) & (ids != place.sample_id)
+            # Not past those known to be bad: of a video one clip may decode and another not, and what a rank knows
+            # depends on what it has read. Few of each shard, as a shard may be bad as a whole.
+            rows = replacement_rows(self._seed, place.sample_id, place.epoch, usable.nonzero()[0], count=16)
+            for row in rows.tolist():
+                yield first + row
+
+    def _other_shards(self, bad_id: int, own: int) -> Iterator[int]:
+        """Up to a hundred other shards of a bad sample's set, then of other sets, where its own has none as short."""
+        edges = np.cumsum([0, *(len(starts) - 1 for starts in self._index.starts)])
+        shards = permutation(random_words(int(edges[-1]), "replacement shards", self._seed, bad_id))
+        in_set = np.digitize(shards, edges) == np.digitize(own, edges)
+        for group in (shards[in_set & (shards != own)], shards[~in_set]):
+            yield from group[:100].tolist()
 
     def _checked(self, place: PlannedSample, raw: RawSample | str) -> Sample | None:
         self._seen += 1
         if isinstance(raw, str):
             self._count_bad(place, raw)
             return None
-        height, width = (int(side[place.sample_id]) for side in self._sizes)
-        if raw.pixels.shape[2:] != (height, width):
-            self._count_bad(
-                place, f"picture decodes to {raw.pixels.shape[2:]} pixels, the index says {(height, width)}"
-            )
-            return None
-        key = self._index.key(place.sample_id)
-        pixels = torch.from_numpy(raw.pixels)
-        return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label)
+        pixels = None if raw.levels is None else pixels_of(raw.levels)
+        latent, text, null = (None if x is None else torch.from_numpy(x) for x in (raw.latent, raw.text, raw.null_text))
+        key, made = self._index.key(place.sample_id), (latent, text, null, raw.encoders)
+        return Sample(place.sample_id, place.epoch, place.occurrence, key, pixels, raw.caption, raw.label, *made)
 
     def _count_bad(self, place: PlannedSample, reason: str) -> None:
         if place.sample_id in self._bad:

@@ -1,28 +1,17 @@
-"""The order of the sample stream: a pure function of (seed, epoch, number of samples), the same on every machine."""
+"""The order of the samples: a pure function of (seed, epoch, index), the same on every machine.
+
+A data set's shards are cut into *pieces* of consecutive samples. Each epoch deals the pieces, permuted, to *lanes* in
+turn; a lane reads its pieces one after another, shuffled within windows. So a lane reads a share of the shards alone.
+"""
 
 import hashlib
+import math
+from collections import OrderedDict
 
 import numpy as np
 
-
-def epoch_order(seed: int, epoch: int, index_size: int) -> np.ndarray:
-    """Permutation of the sample ids 0 … index_size-1 for one epoch.
-
-    Args:
-        seed: seed of the run, ≥ 0.
-        epoch: number of the pass over the data, ≥ 0.
-        index_size: how many samples the data set holds, ≥ 1.
-
-    Returns:
-        int64 array (index_size,): position in the epoch → sample id, each id once.
-
-    Raises:
-        ValueError: an argument out of its range.
-    """
-    for name, value, least in (("seed", seed, 0), ("epoch", epoch, 0), ("index_size", index_size, 1)):
-        if value < least:
-            raise ValueError(f"{name} of an epoch's order must be at least {least}, not {value}")
-    return permutation(random_words(index_size, "order", seed, epoch))
+PIECES_PER_LANE = 4
+"""With fewer shards than so many a lane, shards are cut."""
 
 
 def random_words(count: int, purpose: str, *key: int) -> np.ndarray:
@@ -38,23 +27,69 @@ def permutation(words: np.ndarray) -> np.ndarray:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
-def replacement_candidates(seed: int, bad_id: int, epoch: int, allowed: np.ndarray, count: int = 100) -> np.ndarray:
-    """Which samples stand in, first choice first, for one that cannot be read.
+class SetOrder:
+    """The order of one data set's samples, for each of `lanes` lanes.
+
+    Args:
+        starts: int64 (shards + 1,), id of the first sample of each shard, and the id after the last.
+        lanes: how many share the set, ≥ 1.
+        window: samples of a lane that are shuffled among themselves, ≥ 1; 1 shuffles pieces alone.
+        seed: of the run.
+        number: of the set, where several are blended.
+    """
+
+    def __init__(self, starts: np.ndarray, lanes: int, window: int, seed: int, number: int = 0):
+        self.lanes, self.window, self._key = lanes, window, (seed, number)
+        sizes = np.diff(starts)
+        each = max(1, math.ceil(PIECES_PER_LANE * lanes / len(sizes)))
+        edges = sizes[:, None] * np.arange(each + 1) // each
+        lengths = np.diff(edges, axis=1).ravel()
+        firsts = (starts[:-1, None] + edges[:, :-1]).ravel()
+        self._firsts, self._lengths = firsts[lengths > 0], lengths[lengths > 0]
+        self._deals: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def pieces(self, epoch: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """First ids and lengths, int64 (pieces,) each, of what a lane reads in an epoch, in its order; maybe none."""
+        if epoch not in self._deals:
+            self._deals[epoch] = permutation(random_words(len(self._firsts), "pieces", *self._key, epoch))
+            if len(self._deals) > 4:  # lanes are within an epoch or two of each other
+                self._deals.popitem(last=False)
+        self._deals.move_to_end(epoch)
+        # Dealing goes on where the epoch before stopped, so that over epochs all lanes get as many.
+        mine = self._deals[epoch][(lane - epoch * len(self._firsts)) % self.lanes :: self.lanes]
+        return self._firsts[mine], self._lengths[mine]
+
+    def count(self, epoch: int, lane: int) -> int:
+        """Samples that a lane reads in an epoch."""
+        return int(self.pieces(epoch, lane)[1].sum())
+
+    def samples(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        """Ids, int64, of the samples of a lane's window, in order; empty past its last."""
+        firsts, lengths = self.pieces(epoch, lane)
+        ends = np.cumsum(lengths)
+        low, high = window * self.window, (window + 1) * self.window
+        ids = [
+            np.arange(max(low, end - length), min(high, end)) - (end - length) + first
+            for first, length, end in zip(firsts, lengths, ends, strict=True)
+            if end > low and end - length < high
+        ]
+        if not ids:
+            return np.empty(0, np.int64)
+        ids = np.concatenate(ids)
+        return ids[permutation(random_words(len(ids), "window", *self._key, epoch, lane, window))]
+
+
+def replacement_rows(seed: int, bad_id: int, epoch: int, allowed: np.ndarray, count: int = 100) -> np.ndarray:
+    """Which rows of a shard stand in, first choice first, for a sample that cannot be read.
 
     Args:
         seed: seed of the run.
         bad_id: the sample to be replaced.
         epoch: epoch in which it was planned.
-        allowed: int64 (m,) sample ids to draw from.
-        count: at most so many candidates.
+        allowed: int64 (m,) rows to draw from.
+        count: at most so many.
 
     Returns:
-        int64 (≤ count,): distinct ids out of `allowed`.
+        int64 (≤ count,): distinct rows out of `allowed`.
     """
-    if len(allowed) <= 4 * count:
-        return allowed[permutation(random_words(len(allowed), "replacement", seed, bad_id, epoch))][:count]
-    # Sorting millions of ids for one bad sample would cost a second; four times as many draws as are
-    # needed leave enough distinct ones.
-    drawn = random_words(4 * count, "replacement", seed, bad_id, epoch) % np.uint64(len(allowed))
-    _, first = np.unique(drawn, return_index=True)
-    return allowed[drawn[np.sort(first)].astype(np.int64)][:count]
+    return allowed[permutation(random_words(len(allowed), "replacement", seed, bad_id, epoch))][:count]

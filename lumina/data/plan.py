@@ -1,174 +1,182 @@
-"""Planning: the endless sample stream cut into packs and global batches, the same under any number of ranks."""
+"""Planning: the lanes' packs dealt into global batches, the same under any number of ranks."""
 
-import bisect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lumina.data.lanes import Lane, LaneState, Pack, PlannedSample, thresholds
+from lumina.data.order import SetOrder
 
-@dataclass(frozen=True)
-class PlannedSample:
-    """One place in the stream. (sample_id, epoch, occurrence) names it once; all randomness is drawn from it."""
+__all__ = ["DataState", "Pack", "Plan", "PlannedSample"]
 
-    sample_id: int
-    epoch: int
-    occurrence: int = 0
-
-
-Pack = tuple[PlannedSample, ...]
+_KEYS = ("packs", "index_hash", "epoch", "window", "lanes")
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Where the stream stands: the next sample is number `offset` of epoch `epoch`.
+    """Where the stream stands. Nothing in it depends on the number of ranks or workers.
 
-    `packs` counts the packs handed out so far over all ranks; `index_hash` names the data set. Nothing in it
-    depends on the number of ranks or workers, so a run goes on from it under any layout.
+    `packs` counts the packs handed out so far over all ranks; `index_hash` names the data set; within `window` samples
+    a lane shuffles, so that under another one those that it has taken would be others.
     """
 
-    epoch: int
-    offset: int
     packs: int
     index_hash: str
+    window: int
+    lanes: tuple[LaneState, ...]
 
     @classmethod
-    def start(cls, index_hash: str) -> "DataState":
+    def start(cls, index_hash: str, window: int, lanes: int, sets: int = 1) -> "DataState":
         """The beginning of the stream over the data set `index_hash`."""
-        return cls(epoch=0, offset=0, packs=0, index_hash=index_hash)
+        return cls(0, index_hash, window, (LaneState.start(sets),) * lanes)
 
-    def to_dict(self) -> dict[str, int | str]:
+    @property
+    def epoch(self) -> int:
+        """The epoch that every lane has reached in every set."""
+        return min(epoch for lane in self.lanes for epoch, _ in lane.at)
+
+    def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by `from_dict`."""
-        return asdict(self)
+        return {
+            "packs": self.packs,
+            "index_hash": self.index_hash,
+            "epoch": self.epoch,
+            "window": self.window,
+            "lanes": [lane.to_dict() for lane in self.lanes],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "DataState":
         """The state written by `to_dict`; `ValueError` on a missing or unknown key, a wrong type or a bad hash."""
-        expected = [field.name for field in fields(cls)]
-        if sorted(data) != sorted(expected):
-            raise ValueError(f"a data state has the keys {expected}, not {sorted(data)}")
-        for name in ("epoch", "offset", "packs"):
-            value = data[name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} of a data state must be a whole number of at least 0, not {value!r}")
-        if not isinstance(data["index_hash"], str) or not re.fullmatch("[0-9a-f]{64}", data["index_hash"]):
-            raise ValueError(f"index_hash of a data state must be 64 hex digits, not {data['index_hash']!r}")
-        return cls(**data)
+        if sorted(data) != sorted(_KEYS):
+            raise ValueError(
+                f"a data state has the keys {sorted(_KEYS)}, not {sorted(data)}; runs of an earlier version of the "
+                "data order cannot go on with it"
+            )
+        packs, index_hash, lanes = data["packs"], data["index_hash"], data["lanes"]
+        for name, least in (("packs", 0), ("window", 1)):
+            if type(data[name]) is not int or data[name] < least:
+                raise ValueError(
+                    f"{name} of a data state must be a whole number of at least {least}, not {data[name]!r}"
+                )
+        if not isinstance(index_hash, str) or not re.fullmatch("[0-9a-f]{64}", index_hash):
+            raise ValueError(f"index_hash of a data state must be 64 hex digits, not {index_hash!r}")
+        if not isinstance(lanes, list) or not lanes:
+            raise ValueError(f"lanes of a data state must be a list with an entry for each lane, not {lanes!r:.100}")
+        return cls(packs, index_hash, data["window"], tuple(LaneState.from_dict(lane) for lane in lanes))
 
 
 class Plan:
-    """Greedy next-fit packing of epoch 0, 1, 2, … into packs of at most `tokens_per_pack` tokens.
+    """Packs of at most `tokens_per_pack` tokens, `global_batch_packs` a step, one lane after another.
 
-    A pack takes samples in stream order until the next would not fit, across the end of an epoch too. What is
-    held does not grow with the steps: one length a sample, and order and running length of two epochs.
+    What is held does not grow with the samples or the steps: for each lane a window of ids and lengths.
 
     Args:
-        order_fn: epoch → int array (N,) of sample ids, a permutation of 0 … N-1 (see `order.epoch_order`).
-        tokens_of: int64 ids (N,) → int array (N,) of their lengths in tokens; 0 marks a sample that cannot be used
-            (its size is unknown, or less than one patch). Such a sample keeps its place, planned at the median length
-            of the others; the loader finds it bad and puts another in.
-        tokens_per_pack: upper bound of a pack's tokens.
-        global_batch_packs: packs of one optimizer step, over all ranks.
-        name_of: sample id → what to call it in errors.
+        starts: of each data set int64 (shards + 1,), id of the first sample of each of its shards, and the id after
+            the last; ids go on from set to set.
+        weights: how often samples come from each set, in proportion.
+        tokens_of: (int64 ids (n,), step) → int (n,), their lengths in tokens in that step, from 1 to tokens_per_pack.
+        lanes: independent streams of packs; a multiple of the ranks lets each rank read from its own shards.
+        window: samples of a lane that are shuffled among themselves.
 
     Raises:
-        ValueError: a sample longer than a pack (all are looked at, the longest is named), no usable sample at
-            all, or sizes below 1.
+        ValueError: sizes below 1, no samples, weights that are not positive.
     """
 
     def __init__(
         self,
-        order_fn: Callable[[int], np.ndarray],
-        tokens_of: Callable[[np.ndarray], np.ndarray],
+        starts: Sequence[np.ndarray],
+        weights: Sequence[float],
+        tokens_of: Callable[[np.ndarray, int], np.ndarray],
+        *,
         tokens_per_pack: int,
         global_batch_packs: int,
-        name_of: Callable[[int], str] | None = None,
-    ) -> None:
-        for name, value in (("tokens_per_pack", tokens_per_pack), ("global_batch_packs", global_batch_packs)):
+        lanes: int,
+        window: int,
+        seed: int,
+        stage_of: Callable[[int], int] = lambda step: 0,
+    ):
+        sizes = {
+            "train.tokens_per_pack": tokens_per_pack,
+            "train.global_batch_packs": global_batch_packs,
+            "data.lanes": lanes,
+            "data.shuffle_window": window,
+        }
+        for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"train.{name} must be at least 1, not {value}")
-        self.tokens_per_pack = tokens_per_pack
-        self.global_batch_packs = global_batch_packs
-        self._order_fn = order_fn
-        order = np.asarray(order_fn(0))
-        size = len(order)
-        if size == 0:
-            raise ValueError("there is nothing to plan: the data set holds no samples")
-        lengths = np.asarray(tokens_of(np.arange(size, dtype=np.int64)))
-        if lengths.shape != (size,) or not np.issubdtype(lengths.dtype, np.integer) or lengths.min() < 0:
-            raise ValueError(
-                f"tokens_of must give one whole number of at least 0 for each of the {size} samples, "
-                f"not {lengths.dtype} of shape {lengths.shape}"
-            )
-        self.usable = lengths > 0
-        if not self.usable.any():
-            raise ValueError(f"none of the {size} samples can be used: each is unreadable or smaller than one patch")
-        longest = int(lengths.argmax())
-        if lengths[longest] > tokens_per_pack:
-            name = name_of(longest) if name_of else f"sample {longest}"
-            raise ValueError(
-                f"{name} has {lengths[longest]} tokens and {int((lengths > tokens_per_pack).sum())} of {size} samples "
-                f"do not fit in train.tokens_per_pack={tokens_per_pack}; "
-                f"set it to at least {lengths[longest]}, or leave them out"
-            )
-        usable_lengths = lengths[self.usable]
-        middle = len(usable_lengths) // 2
-        # int32: at ten million samples this array is what planning costs in memory.
-        self.tokens = np.where(self.usable, lengths, np.partition(usable_lengths, middle)[middle]).astype(np.int32)
-        self._orders = {0: (order, np.cumsum(self.tokens[order], dtype=np.int64))}
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for edges in starts:
+            if edges[-1] == edges[0]:
+                raise ValueError("there is nothing to plan: a data set holds no samples")
+        if len(weights) != len(starts) or not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"each of {len(starts)} data sets needs a weight above 0, not {list(weights)}")
+        self.tokens_per_pack, self.global_batch_packs, self.lanes = tokens_per_pack, global_batch_packs, lanes
+        self.window, self.sets = window, len(starts)
+        self._orders = [SetOrder(edges, lanes, window, seed, i) for i, edges in enumerate(starts)]
+        self._thresholds, self._tokens_of, self._seed = thresholds(weights), tokens_of, seed
+        self._stage_of = stage_of
+        self._live: tuple[DataState, int, list[Lane]] | None = None
 
-    def __len__(self) -> int:
-        """Samples of one epoch."""
-        return len(self.tokens)
+    def tokens_of(self, ids: np.ndarray, step: int) -> np.ndarray:
+        """Lengths in tokens, (n,), of samples (n,) as they are planned in `step`."""
+        return self._tokens_of(ids, step)
 
-    def batch(self, state: DataState) -> tuple[list[Pack], DataState]:
-        """The packs of the global batch that starts at `state`, and the state after it.
+    def start(self, index_hash: str) -> DataState:
+        """The beginning of the stream."""
+        return DataState.start(index_hash, self.window, self.lanes, self.sets)
+
+    def batch(self, state: DataState, step: int = 1) -> tuple[list[Pack], DataState]:
+        """The packs of the global batch of `step`, which starts at `state`, and the state after it.
 
         Raises:
-            ValueError: the state points past the end of an epoch, so it belongs to other data.
+            ValueError: the state is of another number of lanes or sets, or another window.
         """
-        if state.offset > len(self):
-            raise ValueError(
-                f"the data state stands at sample {state.offset} of its epoch, but an epoch has {len(self)} samples"
-            )
-        packs, epoch, offset = [], state.epoch, state.offset
-        for _ in range(self.global_batch_packs):
-            pack, epoch, offset = self._pack(epoch, offset)
-            packs.append(pack)
-        return packs, DataState(epoch, offset, state.packs + len(packs), state.index_hash)
+        lanes = self._lanes_at(state, step)
+        self._live = None  # if this fails half-way, they stand nowhere
+        packs, states = [], list(state.lanes)
+        for number in range(state.packs, state.packs + self.global_batch_packs):
+            packs.append(lanes[number % self.lanes].next_pack(self.tokens_per_pack)[0])
+        for number in {n % self.lanes for n in range(state.packs, state.packs + self.global_batch_packs)}:
+            states[number] = lanes[number].state
+        after = DataState(state.packs + len(packs), state.index_hash, state.window, tuple(states))
+        self._live = after, self._stage_of(step), lanes
+        return packs, after
 
-    def waste(self, state: DataState, batches: int = 100) -> float:
+    def waste(self, state: DataState, batches: int = 100, step: int = 1) -> float:
         """Share of the room in packs left unused over the next `batches` global batches, in [0, 1)."""
         if batches < 1:
             raise ValueError(f"waste is measured over at least 1 batch, not {batches}")
-        used = 0
-        for _ in range(batches):
-            packs, state = self.batch(state)
-            used += sum(int(self.tokens[sample.sample_id]) for pack in packs for sample in pack)
-        return 1 - used / (batches * self.global_batch_packs * self.tokens_per_pack)
+        lanes = self._lanes_at(state, step)
+        self._live = None
+        numbers = range(state.packs, state.packs + batches * self.global_batch_packs)
+        used = sum(lanes[number % self.lanes].next_pack(self.tokens_per_pack)[1] for number in numbers)
+        return 1 - used / (len(numbers) * self.tokens_per_pack)
 
-    def _pack(self, epoch: int, offset: int) -> tuple[Pack, int, int]:
-        room = self.tokens_per_pack
-        pack: list[PlannedSample] = []
-        while True:
-            order, ends = self._epoch(epoch)
-            used = int(ends[offset - 1]) if offset else 0
-            stop = bisect.bisect_right(ends, used + room, lo=offset)
-            pack += [PlannedSample(int(sample_id), epoch) for sample_id in order[offset:stop]]
-            if stop < len(order):
-                return tuple(pack), epoch, stop
-            room -= int(ends[-1]) - used
-            epoch, offset = epoch + 1, 0
+    def _lanes_at(self, state: DataState, step: int) -> list[Lane]:
+        """The lanes as they stand at `state`: those at work, if it is where they are."""
+        if len(state.lanes) != self.lanes:
+            raise ValueError(
+                f"the data state has {len(state.lanes)} lanes, data.lanes={self.lanes}; "
+                f"set data.lanes={len(state.lanes)} to go on with that run"
+            )
+        if any(len(lane.at) != self.sets for lane in state.lanes):
+            raise ValueError(f"the data state is of {len(state.lanes[0].at)} data sets, there are {self.sets}")
+        if state.window != self.window:
+            raise ValueError(
+                f"data.shuffle_window={self.window}, but the data state is of a run with {state.window}, where a lane "
+                f"has taken other samples; set data.shuffle_window={state.window} to go on with it"
+            )
+        stage = self._stage_of(step)
+        if self._live is not None and self._live[0] is state and self._live[1] == stage:
+            return self._live[2]
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch not in self._orders:
-            order = np.asarray(self._order_fn(epoch))
-            if order.shape != (len(self),):
-                raise ValueError(f"the order of epoch {epoch} has {order.shape} ids, that of epoch 0 had {len(self)}")
-            if len(self._orders) > 1:
-                # A pack reaches from one epoch into the next, then never back.
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = order, np.cumsum(self.tokens[order], dtype=np.int64)
-        return self._orders[epoch]
+        def tokens_of(ids: np.ndarray) -> np.ndarray:
+            return self._tokens_of(ids, step)
+
+        return [
+            Lane(number, self._orders, self._thresholds, tokens_of, self._seed, lane)
+            for number, lane in enumerate(state.lanes)
+        ]

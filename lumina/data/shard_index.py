@@ -1,53 +1,162 @@
-"""The index of one shard: what lies where in the tar, in a safetensors file beside it."""
+"""The index of one shard: what lies where in the tar, in a safetensors file beside it or in a folder of indexes."""
 
+import base64
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lumina.data.decode import (
-    IMAGE_EXTENSIONS,
-    BadSampleError,
-    caption_of,
-    image_size,
-    label_of,
-    parse_json,
-)
-from lumina.data.tarwalk import Member, TarWalk
+from lumina.data.sources import LocalSource, MissingSourceError, Source, source_of
 
-VERSION = "1"
+VERSION = "2"
+SUFFIX = ".index.safetensors"
+KINDS = ("image", "video", "audio", "latent")
+"""What a sample is; the column `kind` holds the place in this list."""
 SAMPLE_COLUMNS = {
+    "kind": np.int8,
     "height": np.int32,
     "width": np.int32,
     "frames": np.int32,
+    "duration": np.float32,
     "caption_length": np.int32,
     "label": np.int64,
 }
 MEMBER_COLUMNS = {"extension": np.int16, "offset": np.int64, "size": np.int64, "crc32": np.uint32}
 # Where the samples' keys (UTF-8, one after another) and members begin; one entry more than there are samples.
 _START_COLUMNS = {"key_start": np.int64, "member_start": np.int64}
-_COLUMNS = {**SAMPLE_COLUMNS, **MEMBER_COLUMNS, **_START_COLUMNS, "key_bytes": np.uint8}
+COLUMNS = {**SAMPLE_COLUMNS, **MEMBER_COLUMNS, **_START_COLUMNS, "key_bytes": np.uint8}
+_DTYPE_NAMES = {
+    np.dtype(dtype): name
+    for name, dtype in {
+        "I8": np.int8,
+        "I16": np.int16,
+        "I32": np.int32,
+        "I64": np.int64,
+        "F32": np.float32,
+        "U8": np.uint8,
+        "U32": np.uint32,
+    }.items()
+}
+_FIRST_READ = 1 << 16
+
+
+class DamagedIndexError(ValueError):
+    """A column of an index does not match its hash; the index must be built anew."""
+
+
+class _Columns(Mapping[str, np.ndarray]):
+    """Columns of an index file, each read and checked when it is first asked for."""
+
+    def __init__(self, index: Source, start: int, tensors: Mapping[str, Any], sums: Mapping[str, str]) -> None:
+        self._index, self._start, self._tensors, self._sums = index, start, tensors, sums
+        self._read: dict[str, np.ndarray] = {}
+        self._whole: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(COLUMNS)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COLUMNS)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._read:
+            tensor = self._tensors[name]
+            first, last = tensor["data_offsets"]
+            data = self._bytes(first, last)
+            column = np.frombuffer(data, COLUMNS[name])
+            if column_sum(column) != self._sums[name]:
+                raise DamagedIndexError(
+                    f"the index {self._index} is damaged, or another since it was opened; build it anew with "
+                    "`lumina data index` and start again"
+                )
+            self._read[name] = column
+        return self._read[name]
+
+    def _bytes(self, first: int, last: int) -> bytes:
+        if not self._index.remote:
+            try:
+                return self._index.read(self._start + first, last - first)
+            finally:
+                self._index.close()  # or a run would hold a file open for every shard there is
+        # One request for all of them.
+        if self._whole is None:
+            end = max(tensor["data_offsets"][1] for tensor in self._tensors.values())
+            self._whole = self._index.read(self._start, end)
+        return self._whole[first:last]
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What an index says of its shard before any column is read.
+
+    Attributes:
+        source: the shard.
+        index: the file or object that the index is.
+        samples: number of them.
+        shard_size, shard_sha256: bytes of the tar, and their SHA-256, when it was indexed.
+        identity: of the shard then (`Source.identity`); None where the index was built beside a local shard.
+        extensions: of its members, without the dot.
+        uncaptioned, unlabeled: samples without a caption, without a label.
+        labels: smallest and largest; None if there are none.
+    """
+
+    source: Source
+    index: Source
+    samples: int
+    shard_size: int
+    shard_sha256: str
+    identity: str | None
+    extensions: tuple[str, ...]
+    uncaptioned: int
+    unlabeled: int
+    labels: tuple[int, int] | None
+    _shapes: str = field(repr=False)
+    _columns: tuple[int, Mapping[str, Any], Mapping[str, str]] = field(repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    @property
+    def shapes(self) -> np.ndarray:
+        """int32 (distinct, 5), ascending: kind, height, width, frames, and the number of samples with these."""
+        # Not kept: over the shards of a large data set it would be most of what an index holds.
+        data = zlib.decompress(base64.b64decode(self._shapes))
+        return np.frombuffer(data, "<i4").reshape(5, -1).T
+
+    def open(self) -> "ShardIndex":
+        """The index with its columns, each read and checked when first used (`DamagedIndexError`)."""
+        return ShardIndex(self, _Columns(self.index, *self._columns))
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Columns of one shard, and the size in bytes and SHA-256 its tar had when it was indexed."""
+    """Header and columns of one shard's index."""
 
-    shard: Path
-    shard_size: int
-    shard_sha256: str
-    extensions: tuple[str, ...]
+    header: ShardHeader
     columns: Mapping[str, np.ndarray]
 
+    @property
+    def source(self) -> Source:
+        """The shard."""
+        return self.header.source
+
+    def checked(self) -> "ShardIndex":
+        """The same with all columns read; `DamagedIndexError` if one of them is damaged."""
+        for name in COLUMNS:
+            self.columns[name]
+        return self
+
     def __len__(self) -> int:
-        return len(self.columns["height"])
+        return self.header.samples
 
     def key(self, row: int) -> str:
         """Key of sample `row` of this shard."""
@@ -58,185 +167,179 @@ class ShardIndex:
         """(extension, offset, size, crc32) of each member of sample `row`; offset and size in bytes."""
         start, stop = (int(edge) for edge in self.columns["member_start"][row : row + 2])
         table = (self.columns[name][start:stop].tolist() for name in MEMBER_COLUMNS)
-        return [(self.extensions[code], offset, size, crc) for code, offset, size, crc in zip(*table, strict=True)]
+        extensions = self.header.extensions
+        return [(extensions[code], offset, size, crc) for code, offset, size, crc in zip(*table, strict=True)]
 
 
 def index_path(shard: Path) -> Path:
     """Where the index of `digits-000000.tar` lies: `digits-000000.index.safetensors` beside it."""
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.safetensors")
+    return shard.with_name(shard.name.removesuffix(".tar") + SUFFIX)
 
 
-def build_index(shard: str | Path) -> Path:
-    """Read a shard once from end to end and write its index beside it.
+def index_path_in(index_dir: str | Path, source: Source) -> Path:
+    """Where in a folder of indexes that of `source` lies."""
+    stem = source.name.removesuffix(".tar")
+    stem = "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in stem)[:100]
+    location = str(source.path.resolve()) if isinstance(source, LocalSource) else source.location
+    digest = hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return Path(index_dir) / f"{stem}-{digest}{SUFFIX}"
 
-    Returns:
-        Path of the index. It appears complete or not at all.
+
+def open_header(source: Source | str | Path, index_dir: str | Path | None = None) -> ShardHeader | None:
+    """The header of a shard's index; None if there is no index that belongs to the shard as it is now.
+
+    An index beside a local shard belongs to it if it is no older and says its size; one in `index_dir`, if it says its
+    identity; one beside a remote shard, if it says its identity, or was built beside a local copy and says its size.
+    Its header is checked by a hash.
+
+    Args:
+        source: the shard.
+        index_dir: folder of indexes that could not be put beside their shards.
 
     Raises:
-        ValueError: the shard is missing, damaged (truncated, a hole, a broken header), holds a key or extension
-            twice, or a sample without its picture, or without a caption that others have; the shard and the key
-            are named. A picture that does not decode is no error here: its size is noted as 0 and the loader
-            replaces it.
+        ValueError: the shard is missing, or shard or index cannot be reached.
     """
-    shard = Path(shard)
-    if not shard.is_file():
-        raise ValueError(f"shard {shard} is missing; give the path of a tar file")
-    index = _scan(shard)
-    facts = {
-        "version": VERSION,
-        "shard_size": index.shard_size,
-        "shard_sha256": index.shard_sha256,
-        "extensions": index.extensions,
-        "checksum": _checksum(index.columns),
-    }
-    # One entry: safetensors writes several in random order, and equal shards should have equal indexes.
-    metadata = {"index": json.dumps(facts)}
-    target = index_path(shard)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    source = source_of(source)
+    if isinstance(source, LocalSource):
+        return _beside_local(source) or (_in_folder(source, index_dir) if index_dir is not None else None)
+    header = _in_folder(source, index_dir) if index_dir is not None else None
+    if header is None and (index := source.beside(index_path(Path(source.name)).name)) is not None:
+        try:
+            header = parse_header(source, index)
+        except MissingSourceError:
+            return None
+        if header is not None and header.identity is None:
+            return header if header.shard_size == source.size() else None
+    return header if header is not None and header.identity == source.identity() else None
+
+
+def open_headers(
+    sources: Sequence[Source], index_dir: str | Path | None = None, threads: int = 16
+) -> list[ShardHeader | None]:
+    """`open_header` of each, several at once where they are remote."""
+    if not any(source.remote for source in sources):
+        return [open_header(source, index_dir) for source in sources]
+    with ThreadPoolExecutor(threads, thread_name_prefix="index-headers") as pool:
+        return list(pool.map(lambda source: open_header(source, index_dir), sources))
+
+
+def open_index(source: Source | str | Path, index_dir: str | Path | None = None) -> ShardIndex | None:
+    """As `open_header`, with all columns read and checked; None also if one of them is damaged."""
+    header = open_header(source, index_dir)
+    if header is None:
+        return None
     try:
-        with part.open("wb") as stream:
-            stream.write(save(dict(index.columns), metadata))
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(target)
-    except OSError as error:
-        raise ValueError(
-            f"the index of {shard} cannot be written beside it ({error.strerror}); "
-            "run `lumina data index` where the folder is writable"
-        ) from error
+        return header.open().checked()
+    except DamagedIndexError:
+        return None
     finally:
-        part.unlink(missing_ok=True)
-    return target
+        header.index.close()
 
 
-def open_index(shard: Path) -> ShardIndex | None:
-    """The index beside a shard, None if there is none or it does not belong to the shard as it is now.
-
-    Not belonging: another size, an index older than the shard, another version, or a damaged index file.
-    """
-    path = index_path(shard)
-    if not path.is_file():
-        return None
-    shard_stat = shard.stat()
-    if path.stat().st_mtime_ns < shard_stat.st_mtime_ns:
-        return None
+def _beside_local(source: LocalSource) -> ShardHeader | None:
+    stat, path = source.stat(), index_path(source.path)
     try:
-        with safe_open(path, framework="np") as stored:
-            facts = json.loads((stored.metadata() or {}).get("index", "{}"))
-            columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, json.JSONDecodeError):
+        if path.stat().st_mtime_ns < stat.st_mtime_ns:
+            return None
+    except FileNotFoundError:
         return None
-    if facts.get("version") != VERSION or facts.get("shard_size") != shard_stat.st_size:
-        return None
-    if set(columns) != set(_COLUMNS) or facts.get("checksum") != _checksum(columns):
-        return None
-    return ShardIndex(shard, shard_stat.st_size, facts["shard_sha256"], tuple(facts["extensions"]), columns)
+    header = parse_header(source, LocalSource(path))
+    return header if header is not None and header.shard_size == stat.st_size else None
 
 
-def _checksum(columns: Mapping[str, np.ndarray]) -> str:
-    # safetensors checks no contents, and a flipped bit in an offset would make a good shard look bad.
-    digest = hashlib.sha256()
-    for name in sorted(columns):
-        digest.update(f"{name}:{columns[name].dtype}:{columns[name].shape};".encode())
-        digest.update(columns[name].tobytes())
+def _in_folder(source: Source, index_dir: str | Path) -> ShardHeader | None:
+    path = index_path_in(index_dir, source)
+    header = parse_header(source, LocalSource(path)) if path.is_file() else None
+    return header if header is not None and header.identity == source.identity() else None
+
+
+def parse_header(source: Source, index: Source) -> ShardHeader | None:
+    """The header in an index file, whether or not the shard is still as it says; None if it is damaged or too old."""
+    try:
+        size = index.size()
+        text = index.read(0, min(size, _FIRST_READ))
+        start = 8 + int.from_bytes(text[:8], "little")
+        if not 8 < start <= size:
+            return None
+        if start > len(text):
+            text += index.read(len(text), start - len(text))
+    finally:
+        index.close()
+    try:
+        tensors = json.loads(text[8:start])
+        digest, _, said = tensors.pop("__metadata__")["index"].partition(" ")
+        if hashlib.sha256(said.encode()).hexdigest() != digest:
+            return None
+        facts = json.loads(said)
+        whole = set(tensors) == set(COLUMNS) and all(
+            _is_column(tensors[name], np.dtype(dtype), size - start) for name, dtype in COLUMNS.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not whole or facts.pop("version") != VERSION:
+        return None
+    sums = facts.pop("sums")
+    facts["extensions"] = tuple(facts["extensions"])
+    facts["labels"] = tuple(facts["labels"]) if facts["labels"] else None
+    return ShardHeader(source, index, _shapes=facts.pop("shapes"), _columns=(start, tensors, sums), **facts)
+
+
+def _is_column(tensor: Mapping[str, Any], dtype: np.dtype, room: int) -> bool:
+    """Whether a safetensors entry says in every part what a column's does."""
+    first, last = tensor["data_offsets"]
+    length, rest = divmod(last - first, dtype.itemsize)
+    said = {"dtype": _DTYPE_NAMES[dtype], "shape": [length], "data_offsets": [first, last]}
+    return 0 <= first <= last <= room and not rest and tensor == said
+
+
+def column_sum(column: np.ndarray) -> str:
+    """Hash of a column: safetensors checks no contents, and a flipped bit in an offset would make a good shard bad."""
+    digest = hashlib.sha256(f"{column.dtype}:{len(column)};".encode())
+    digest.update(column.tobytes())
     return digest.hexdigest()
 
 
-@dataclass
-class _Facts:
-    height: int = 0
-    width: int = 0
-    frames: int = 1
-    caption_length: int = -1
-    label: int = -1
-
-
-def _scan(shard: Path) -> ShardIndex:
-    walk = TarWalk(shard)
-    extensions: dict[str, int] = {}
-    lists: dict[str, list[int]] = {name: [] for name in (*SAMPLE_COLUMNS, *MEMBER_COLUMNS)}
-    key_start, member_start, key_bytes = [0], [0], bytearray()
-    seen: set[str] = set()
-    uncaptioned: str | None = None
-    for key, members in _grouped(walk, shard):
-        if key in seen:
-            raise ValueError(f"shard {shard} holds the key {key} twice, the second time at byte {members[0][1].offset}")
-        seen.add(key)
-        facts = _facts(shard, key, members)
-        if facts.caption_length < 0:
-            uncaptioned = uncaptioned or key
-        for name in SAMPLE_COLUMNS:
-            lists[name].append(getattr(facts, name))
-        for extension, member in members:
-            row = extensions.setdefault(extension, len(extensions)), member.offset, len(member.data), member.crc
-            for name, value in zip(MEMBER_COLUMNS, row, strict=True):
-                lists[name].append(value)
-        key_bytes += key.encode("utf-8", "surrogateescape")
-        key_start.append(len(key_bytes))
-        member_start.append(len(lists["offset"]))
-    if not seen:
-        raise ValueError(f"shard {shard} holds no samples")
-    captioned = max(lists["caption_length"]) >= 0
-    if uncaptioned is not None and captioned:
-        raise ValueError(
-            f"sample {uncaptioned} of shard {shard} has a picture and no caption while others have one; "
-            "was the shard cut between two members?"
-        )
-    columns = {name: np.array(values, dtype=_COLUMNS[name]) for name, values in lists.items()}
-    columns |= {"key_start": np.array(key_start, np.int64), "member_start": np.array(member_start, np.int64)}
-    columns["key_bytes"] = np.frombuffer(bytes(key_bytes), np.uint8)
-    return ShardIndex(shard, walk.size, walk.sha256, tuple(extensions), columns)
-
-
-def _grouped(walk: TarWalk, shard: Path):
-    """(key, [(extension, member), …]) for each run of members of one key; the key ends at the first dot of the name."""
-    key, members = "", []
-    for member in walk:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        extension = extension.lower()
-        if not stem or not dot:
-            raise ValueError(f"member {member.name} of shard {shard} is not named KEY.EXTENSION")
-        if members and folder + slash + stem != key:
-            yield key, members
-            members = []
-        key = folder + slash + stem
-        if any(extension == other for other, _ in members):
-            raise ValueError(f"sample {key} of shard {shard} has .{extension} twice, again at byte {member.offset}")
-        members.append((extension, member))
-    if members:
-        yield key, members
-
-
-def _facts(shard: Path, key: str, members: Sequence[tuple[str, Member]]) -> _Facts:
-    contents = {extension: member.data for extension, member in members}
-    pictures = [extension for extension in IMAGE_EXTENSIONS if extension in contents]
-    if len(pictures) != 1:
-        raise ValueError(
-            f"sample {key} of shard {shard} has {len(pictures) or 'no'} pictures, only {sorted(contents)}; "
-            f"it must have one of {', '.join(IMAGE_EXTENSIONS)}"
-        )
-    facts = _Facts()
-    # What cannot be read keeps its default: the sample is bad, which the loader finds, counts and mends.
+def write_index(
+    target: Path,
+    columns: Mapping[str, np.ndarray],
+    *,
+    size: int,
+    sha256: str,
+    identity: str | None,
+    extensions: Sequence[str],
+) -> None:
+    """Write an index file; it appears complete or not at all. `OSError` where it cannot be written."""
+    labels = columns["label"][columns["label"] >= 0]
+    facts = {
+        "version": VERSION,
+        "samples": len(columns["label"]),
+        "shard_size": size,
+        "shard_sha256": sha256,
+        "identity": identity,
+        "extensions": list(extensions),
+        "uncaptioned": int((columns["caption_length"] < 0).sum()),
+        "unlabeled": int((columns["label"] < 0).sum()),
+        "labels": [int(labels.min()), int(labels.max())] if len(labels) else None,
+        "shapes": _histogram(columns),
+        "sums": {name: column_sum(columns[name]) for name in COLUMNS},
+    }
+    said = json.dumps(facts)
+    # One entry: safetensors writes several in random order, and equal shards should have equal indexes.
+    metadata = {"index": f"{hashlib.sha256(said.encode()).hexdigest()} {said}"}
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        facts.height, facts.width = image_size(contents)
-    except BadSampleError:
-        facts.height = facts.width = 0
-    try:
-        fields = parse_json(contents)
-    except BadSampleError:
-        facts.caption_length = 0
-        return facts
-    try:
-        caption = caption_of(contents, fields)
-        facts.caption_length = -1 if caption is None else len(caption)
-    except BadSampleError:
-        facts.caption_length = 0
-    try:
-        label = label_of(fields)
-        facts.label = -1 if label is None else label
-    except BadSampleError:
-        facts.label = -1
-    if facts.caption_length < 0 and facts.label < 0 and fields.get("label") is None:
-        raise ValueError(f"sample {key} of shard {shard} has a picture and neither caption nor label")
-    return facts
+        with part.open("wb") as stream:
+            stream.write(save(dict(columns), metadata))
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _histogram(columns: Mapping[str, np.ndarray]) -> str:
+    # Packed: where every picture has a size of its own it would be most of the header.
+    shapes = np.stack([columns[name].astype(np.int32) for name in ("kind", "height", "width", "frames")], axis=1)
+    distinct, counts = np.unique(shapes, axis=0, return_counts=True)
+    table = np.concatenate([distinct, counts[:, None]], axis=1).astype("<i4")
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(table.T).tobytes())).decode()

@@ -1,12 +1,13 @@
 """Walking a tar shard header by header, stopping at damage instead of stepping over it."""
 
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+
+from lumina.data.sources import Source
 
 BLOCK = 512
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -30,11 +31,11 @@ class TarWalk:
     Here every header's checksum must hold, every payload be whole, and the end be marked and followed by zeros only.
 
     Raises:
-        ValueError: damage, with the shard, the byte and the last member that was whole.
+        ValueError: damage, with the shard, the byte and the last member that was whole; or it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self.size = 0
         self._digest = hashlib.sha256()
         self._last = "no member yet"
@@ -45,7 +46,7 @@ class TarWalk:
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Member]:
-        with self.path.open("rb") as stream:
+        with self.source.stream() as stream:
             overrides: dict[str, str] = {}
             while True:
                 info, at = self._header(stream)
@@ -67,13 +68,13 @@ class TarWalk:
                 else:
                     self._payload(stream, size, at)
 
-    def _read(self, stream: BinaryIO, count: int) -> bytes:
+    def _read(self, stream: io.BufferedReader, count: int) -> bytes:
         data = stream.read(count)
         self._digest.update(data)
         self.size += len(data)
         return data
 
-    def _header(self, stream: BinaryIO) -> tuple[tarfile.TarInfo | None, int]:
+    def _header(self, stream: io.BufferedReader) -> tuple[tarfile.TarInfo | None, int]:
         at = self.size
         block = self._read(stream, BLOCK)
         if len(block) < BLOCK:
@@ -85,7 +86,7 @@ class TarWalk:
         except tarfile.HeaderError as error:
             raise self._damage(at, f"the header is damaged ({error})") from error
 
-    def _payload(self, stream: BinaryIO, size: int, at: int, name: str = "") -> bytes:
+    def _payload(self, stream: io.BufferedReader, size: int, at: int, name: str = "") -> bytes:
         padded = -(-size // BLOCK) * BLOCK
         data = self._read(stream, padded)
         if len(data) < padded:
@@ -107,7 +108,7 @@ class TarWalk:
             raise self._damage(at, "a pax header extension is damaged")
         return {key: records[key] for key in ("path", "size") if key in records}
 
-    def _only_zeros_follow(self, stream: BinaryIO, at: int) -> None:
+    def _only_zeros_follow(self, stream: io.BufferedReader, at: int) -> None:
         if len(tail := self._read(stream, BLOCK)) < BLOCK:
             raise self._damage(at, "the shard is truncated: it ends inside the end mark of a tar")
         while tail:
@@ -118,4 +119,4 @@ class TarWalk:
             raise self._damage(at, f"only zeros follow, {self.size - at} bytes of them: the rest of the shard was lost")
 
     def _damage(self, at: int, what: str) -> ValueError:
-        return ValueError(f"shard {self.path} is damaged at byte {at}, after {self._last}: {what}")
+        return ValueError(f"shard {self.source} is damaged at byte {at}, after {self._last}: {what}")

@@ -5,14 +5,17 @@ import json
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from webdataset import TarWriter
 
-from lumina.data.index import build_index
+from lumina.data.indexing import build_index
+from lumina.data.tarwalk import BLOCK
 
 
 def write_shards(
@@ -34,7 +37,7 @@ def write_shards(
 
     Raises:
         ValueError: the folder is not empty or cannot be written, there are no samples, or a sample has a bad key or
-            content, a key that its shard holds already, or no picture.
+            content, a key that its shard holds already, or no medium.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
@@ -54,9 +57,9 @@ def write_shards(
         shards = _write_all(work, iter(samples), name, samples_per_shard)
         if not shards:
             raise ValueError(f"there are no samples to write to {out_dir}")
-        _sync(work)
+        sync_folder(work)
         work.rename(out_dir)
-        _sync(out_dir.parent)
+        sync_folder(out_dir.parent)
     except OSError as error:
         raise ValueError(f"shards cannot be written to {out_dir} ({error.strerror})") from error
     finally:
@@ -64,18 +67,82 @@ def write_shards(
     return [out_dir / shard for shard in shards]
 
 
+def write_shard(shard: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one shard and the index beside it; both are on the disk when this returns.
+
+    Args:
+        shard: the tar file, replaced if it is there. After a failure a part of it may be left.
+        samples: as in `write_shards`.
+
+    Raises:
+        ValueError: a sample cannot be written or indexed, as in `write_shards`.
+        OSError: the file cannot be written.
+    """
+    # A new file: a process that was killed a moment ago may still be writing into the old one.
+    shard.unlink(missing_ok=True)
+    with shard.open("wb") as stream:
+        # Fixed time and owner: the same samples give the same shard, so the same identity of the data set.
+        with TarWriter(stream, encoder=False, mtime=0) as writer:
+            for sample in samples:
+                writer.write(_encoded(sample))
+        stream.flush()
+        os.fsync(stream.fileno())
+    build_index(shard)
+    return shard
+
+
+def sample_bytes(key: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of a sample in a shard that `write_shard` writes, given those of each member's content by extension."""
+    return sum(_header_bytes(f"{key}.{name}", size) + -(-size // BLOCK) * BLOCK for name, size in sizes.items())
+
+
+def _header_bytes(name: str, size: int) -> int:
+    if name.isascii() and len(name) <= tarfile.LENGTH_NAME and size < 8**11:
+        return BLOCK
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return len(info.tobuf(tarfile.PAX_FORMAT))
+
+
+def shard_bytes(sample_bytes: int) -> int:
+    """Size of a shard that `write_shard` writes, given the sum of its samples' `sample_bytes`."""
+    return -(-(sample_bytes + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def cut_into_shards(sizes: np.ndarray, shard_size: int, samples_per_shard: int | None) -> np.ndarray:
+    """Where the shards begin when samples are written one after another and each shard is filled as far as allowed.
+
+    Args:
+        sizes: int64 (samples,), `sample_bytes` of each.
+        shard_size: bytes that no tar file exceeds; a sample that does so alone has a shard to itself.
+        samples_per_shard: at most so many; None for no limit.
+
+    Returns:
+        int64 (shards + 1,): number of the first sample of each shard, and the number of samples.
+
+    Raises:
+        ValueError: a limit is too small.
+    """
+    if shard_size < tarfile.RECORDSIZE:
+        raise ValueError(f"a shard takes at least {tarfile.RECORDSIZE} bytes; {shard_size} are too few")
+    if samples_per_shard is not None and samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
+    room = shard_size // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * BLOCK
+    ends = np.cumsum(sizes, dtype=np.int64)
+    starts = [0]
+    while starts[-1] < len(sizes):
+        first = starts[-1]
+        before = int(ends[first - 1]) if first else 0
+        stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
+        starts.append(stop if samples_per_shard is None else min(stop, first + samples_per_shard))
+    return np.array(starts, dtype=np.int64)
+
+
 def _write_all(folder: Path, samples: Any, name: str, samples_per_shard: int) -> list[str]:
     shards = []
     for first in samples:
         shard = folder / f"{name}-{len(shards):06d}.tar"
-        with shard.open("wb") as stream:
-            # Fixed time and owner: the same samples give the same shard, so the same identity of the data set.
-            with TarWriter(stream, encoder=False, mtime=0) as writer:
-                for sample in itertools.chain([first], itertools.islice(samples, samples_per_shard - 1)):
-                    writer.write(_encoded(sample))
-            stream.flush()
-            os.fsync(stream.fileno())
-        build_index(shard)
+        write_shard(shard, itertools.chain([first], itertools.islice(samples, samples_per_shard - 1)))
         shards.append(shard.name)
     return shards
 
@@ -108,7 +175,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk; `OSError` if that fails."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

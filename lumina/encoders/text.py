@@ -57,7 +57,7 @@ class TextEncoder(ABC):
 
 
 def build_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -> TextEncoder:
-    """The encoder `config.encoder` names: `bytes`, or a transformers model by hub name or folder.
+    """The encoder `config.encoder` names: `bytes`, `none`, or a transformers model by hub name or folder.
 
     Raises:
         ValueError: for a model that is missing, gated, unreadable or without a text part, for a layer that it does
@@ -65,6 +65,8 @@ def build_text_encoder(config: TextConfig, device: str | torch.device = "cpu") -
     """
     if config.encoder == "bytes":
         return BytesEncoder(config, device)
+    if config.encoder == "none":
+        return NoTextEncoder(config)
     return TransformersEncoder(config, device)
 
 
@@ -101,6 +103,19 @@ def _piece_vectors(piece: str, width: int) -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=1024)
 def _place_vector(place: int, width: int) -> np.ndarray:
     return np.sqrt(_SHARES["place"]) * _draw(b"place", str(place).encode(), width) / _UNIT
+
+
+class NoTextEncoder(TextEncoder):
+    """In the place of an encoder where all features were made beforehand."""
+
+    def __init__(self, config: TextConfig):
+        self.width, self.max_tokens = config.width, config.max_tokens
+
+    def describe(self) -> str:
+        return f"none (features made beforehand, {self.width} wide)"
+
+    def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        raise ValueError("text.encoder=none takes features made by `lumina data encode`, not captions; name an encoder")
 
 
 class BytesEncoder(TextEncoder):

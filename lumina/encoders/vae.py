@@ -70,20 +70,32 @@ class Vae(ABC):
         Raises:
             ValueError: for pixels or noise of another shape, or sides that are not multiples of `factor`.
         """
+        mean, deviation = self.moments(pixels)
+        if noise is None:
+            return mean
+        if noise.shape != mean.shape:
+            expected = tuple(mean.shape)
+            raise ValueError(f"the noise for these pixels has the latents' shape {expected}, not {tuple(noise.shape)}")
+        return mean + deviation * noise.to(self._device, torch.float32)
+
+    def moments(
+        self, pixels: Float[Tensor, "n pixel_channels height width"]
+    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+        """Mean and standard deviation of the scaled latents, float32.
+
+        Raises:
+            ValueError: for pixels of another shape, or sides that are not multiples of `factor`.
+        """
         if pixels.ndim != 4 or pixels.shape[1] != self.pixel_channels or not pixels.is_floating_point():
             raise ValueError(
                 f"the autoencoder takes floating-point pixels (N, {self.pixel_channels}, H, W) in [-1, 1], "
                 f"not {pixels.dtype} {tuple(pixels.shape)}"
             )
-        expected = (pixels.shape[0], *self.latent_shape(pixels.shape[2], pixels.shape[3]))
-        if noise is not None and tuple(noise.shape) != expected:
-            raise ValueError(f"the noise for these pixels has the latents' shape {expected}, not {tuple(noise.shape)}")
+        self.latent_shape(pixels.shape[2], pixels.shape[3])
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            mean, std = self._posterior(pixels.to(self._device, self._dtype))
-            z = mean.float()
-            if noise is not None:
-                z = z + std * noise.to(self._device, torch.float32)
-            return (z - self._shift) * self._scale
+            mean, deviation = self._posterior(pixels.to(self._device, self._dtype))
+            mean = (mean.float() - self._shift) * self._scale
+            return mean, torch.zeros_like(mean) + deviation * self._scale
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n pixel_channels height width"]:
         """Pixels, float32, clamped to [-1, 1], of scaled latents.
@@ -101,7 +113,7 @@ class Vae(ABC):
 
 
 def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = "cpu") -> Vae:
-    """The autoencoder `config.model` names: `identity`, or a diffusers AutoencoderKL by hub name or folder.
+    """The autoencoder `config.model` names: `identity`, `none`, or a diffusers AutoencoderKL by hub name or folder.
 
     `in_channels` are the diffusion model's, which the latents must have.
 
@@ -110,6 +122,8 @@ def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = 
     """
     if config.model == "identity":
         return IdentityVae(config, in_channels, device)
+    if config.model == "none":
+        return NoVae(config, in_channels, device)
     return DiffusersVae(config, in_channels, device)
 
 
@@ -138,6 +152,26 @@ class IdentityVae(Vae):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return latents
+
+
+class NoVae(Vae):
+    """In the place of an autoencoder where all latents were made beforehand: it knows sizes, and neither way."""
+
+    def __init__(self, config: VaeConfig, in_channels: int, device: str | torch.device = "cpu"):
+        self.factor, self.latent_channels, self.pixel_channels = config.factor, in_channels, 3
+        self._device, self._dtype, self._scale, self._shift = torch.device(device), torch.float32, 1.0, 0.0
+
+    def describe(self) -> str:
+        return f"none (latents made beforehand, {self.factor} pixels each, {self.latent_channels} channels)"
+
+    def enable_memory_saving(self) -> None:
+        return
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
+        raise ValueError("vae.model=none takes latents made by `lumina data encode`, not pixels; name an autoencoder")
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        raise ValueError("vae.model=none makes no pictures of latents; name the autoencoder that made them")
 
 
 # Scales of published autoencoders, by the last part of their name, for their configs lack or misstate them: a config

@@ -167,8 +167,18 @@ class Captions:
                 f"caption {lengths.index(0)} of the batch has no tokens (its mask is all false); "
                 "an empty caption keeps its BOS or one null token"
             )
-        sample_id_s = torch.repeat_interleave(torch.tensor(lengths)).to(features.device)
-        return Captions(features[mask], lengths, sample_id_s)
+        return Captions.of(features[mask], lengths)
+
+    @staticmethod
+    def of(features: Float[Tensor, "s width"], lengths: tuple[int, ...]) -> "Captions":
+        """Captions of these lengths one after another.
+
+        Raises:
+            ValueError: for one of no tokens.
+        """
+        if 0 in lengths:
+            raise ValueError(f"caption {lengths.index(0)} of the batch has no tokens; an empty one keeps a null token")
+        return Captions(features, lengths, torch.repeat_interleave(torch.tensor(lengths)).to(features.device))
 
     def to(self, *, dtype: torch.dtype) -> "Captions":
         """The same captions with features of another dtype."""

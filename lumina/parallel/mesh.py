@@ -81,6 +81,7 @@ class Mesh:
     tensor: slices of the weights, and, under `sequence_parallel`, of the tokens between two sharded products.
     gradient: data × ring × ulysses, over which gradients are summed and ZeRO shards.
     weights: tensor × pipeline, the ranks that hold one copy of the weights together.
+    replica: pipeline × ring × ulysses × tensor, the ranks that work on the same packs; the first leads it.
     """
 
     world: World
@@ -92,6 +93,7 @@ class Mesh:
     tensor: Axis = Axis()
     gradient: Axis = Axis()
     weights: Axis = Axis()
+    replica: Axis = Axis()
     sequence_parallel: bool = False
 
     @property
@@ -119,6 +121,23 @@ class Mesh:
         values = [None] * self.world.size if self.is_first else None
         dist.gather_object(value, values)
         return values
+
+    def from_leader(self, value: T | None) -> T:
+        """What the leader of this replica gives, on all its ranks; small and picklable."""
+        if self.replica.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self.replica.ranks[0], group=self.replica.group)
+        return box[0]
+
+    def tensor_from_leader(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of the leader of this replica, on all its ranks, where it may be elsewhere."""
+        if self.replica.size == 1:
+            return tensor
+        received = torch.empty(shape, dtype=dtype, device=self.device) if tensor is None else tensor.contiguous()
+        if received.numel():
+            dist.broadcast(received, src=self.replica.ranks[0], group=self.replica.group)
+        return received
 
     def sum_to_first(self, tensor: Tensor) -> None:
         """In place: on the first process the sum over all; what it holds elsewhere is left undefined."""
@@ -169,6 +188,7 @@ def _with_groups(parallel: ParallelConfig, world: World, device: torch.device) -
     return Mesh(
         world,
         device,
+        replica=_replica(parallel, world),
         data=Axis.of(groups.get_data_parallel_group()),
         pipeline=Axis.of(groups.get_pipeline_model_parallel_group()),
         ring=ring,
@@ -178,6 +198,16 @@ def _with_groups(parallel: ParallelConfig, world: World, device: torch.device) -
         weights=Axis.of(groups.get_model_parallel_group()),
         sequence_parallel=parallel.sequence,
     )
+
+
+def _replica(parallel: ParallelConfig, world: World) -> Axis:
+    size = parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses
+    if size == 1:
+        return Axis(ranks=(world.rank,))
+    inner, replicas = size // parallel.pipeline, world.size // size
+    ranks = [[r for r in range(world.size) if r // inner % replicas == replica] for replica in range(replicas)]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=_TIMEOUT)
+    return Axis.of(group)
 
 
 def close_mesh(mesh: Mesh) -> None:

@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs, checked before anything is written."""
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from lumina.checkpoint.manifest import checkpoints_of
-from lumina.config.schema import Config
-from lumina.data.decode import cropped_size
-from lumina.data.index import Index
-from lumina.data.order import epoch_order
+from lumina.config.schema import Config, DataConfig
+from lumina.data.index import Access, DataSet, Index
 from lumina.data.plan import Plan
+from lumina.data.shard_index import ShardIndex
+from lumina.data.sizing import AUDIO, LATENT, Shapes, Sizing, Stage
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
@@ -36,6 +36,7 @@ class Parts:
     text: TextEncoder | None
     index: Index
     plan: Plan
+    sizing: Sizing
     accumulation_steps: int
 
     @property
@@ -44,10 +45,11 @@ class Parts:
         return self.vae.factor * self.model.patch_size
 
 
-def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh) -> Parts:
+def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh, lanes: int | None = None) -> Parts:
     """
     Args:
         model: the sizes that `config` means.
+        lanes: of the run that goes on; data.lanes, or a lane for each pack of a global batch, if None.
 
     Raises:
         ValueError: for whatever in `config` does not fit: sizes, encoders, data, layout.
@@ -73,42 +75,131 @@ def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh) -> Parts:
                 f"model.cap_feat_dim={model.cap_feat_dim}, but the features of text.encoder {config.text.encoder} are "
                 f"{text.width} wide; set model.cap_feat_dim={text.width}"
             )
-    index = first_then_others(mesh, lambda first: Index.open(config.data.shards, build_missing=first))
-    if not model.frames and (index.frames > 1).any():
-        raise ValueError("data.shards hold samples of more than one frame; set model.frames=true to train on them")
+    index = open_index(config.data, mesh)
+    sizing = sizing_of(config, model, vae)
+    plan = plan_of(config, model, vae, index, sizing, lanes)
     _check_conditions(index, model)
-    plan = Plan(
-        lambda epoch: epoch_order(config.run.seed, epoch, len(index)),
-        lambda ids: sample_tokens(index, ids, model, vae),
-        config.train.tokens_per_pack,
-        config.train.global_batch_packs,
-        index.name,
-    )
-    return Parts(model, objective, vae, text, index, plan, accumulation_steps(config, mesh.data.size))
+    return Parts(model, objective, vae, text, index, plan, sizing, accumulation_steps(config, mesh.data.size))
 
 
-def sample_tokens(index: Index, ids: np.ndarray, model: FlagDiTConfig, vae: Vae) -> np.ndarray:
-    """Tokens of samples as they will be cropped; 0 for those whose size is unknown or below one patch."""
-    heights, widths = cropped_size(index.heights[ids], index.widths[ids], vae.factor * model.patch_size)
-    tokens = token_count(
-        index.frames[ids].astype(np.int64),
-        heights.astype(np.int64) // vae.factor,
-        widths.astype(np.int64) // vae.factor,
-        model.patch_size,
-        model.text_conditional,
+def open_index(data: DataConfig, mesh: Mesh) -> Index:
+    """The data sets of a run; indexes that are missing are built by the first process.
+
+    Raises:
+        ValueError: as `Index.open`.
+    """
+    return first_then_others(mesh, lambda first: Index.open(*sets_of(data), build_missing=first))
+
+
+def sets_of(data: DataConfig) -> tuple[list[DataSet], Access]:
+    """The data sets that the settings name, and how their shards are reached."""
+    sets = [DataSet(one.shards, one.weight) for one in data.sets] or [DataSet(data.shards)]
+    return sets, Access(data.cache_dir, int(data.cache_gb * 1e9), data.index_dir, tuple(data.pipe_programs))
+
+
+def sizing_of(config: Config, model: FlagDiTConfig, vae: Vae) -> Sizing:
+    """What size samples are trained at."""
+    data = config.data
+    stages = tuple(Stage(stage.from_step, stage.resolution) for stage in data.stages) or (Stage(0, data.resolution),)
+    if data.frames > 1 and not model.frames:
+        raise ValueError(f"data.frames={data.frames}: set model.frames=true to train on samples of more than one frame")
+    return Sizing(
+        vae.factor * model.patch_size,
+        stages,
+        vae.factor,
+        data.frames,
+        data.frame_step,
+        data.crop == "random",
+        data.flip,
+        config.run.seed,
     )
-    return np.where((heights > 0) & (widths > 0), tokens, 0)
+
+
+def plan_of(
+    config: Config, model: FlagDiTConfig, vae: Vae, index: Index, sizing: Sizing, lanes: int | None = None
+) -> Plan:
+    """The plan of a run; `lanes` as in `assemble`.
+
+    Raises:
+        ValueError: where no sample can be used, one is longer than a pack, or of a kind that is not trained on.
+    """
+    return Plan(
+        index.starts,
+        index.weights,
+        _checked_lengths(index, sizing, config, model, vae),
+        tokens_per_pack=config.train.tokens_per_pack,
+        global_batch_packs=config.train.global_batch_packs,
+        lanes=lanes or config.data.lanes or config.train.global_batch_packs,
+        window=config.data.shuffle_window,
+        seed=config.run.seed,
+        stage_of=sizing.stage_of,
+    )
+
+
+def _checked_lengths(
+    index: Index, sizing: Sizing, config: Config, model: FlagDiTConfig, vae: Vae
+) -> Callable[[np.ndarray, int], np.ndarray]:
+    """(ids, step) → lengths in tokens. A sample of unknown size is planned as long as the median of the others.
+
+    Raises:
+        ValueError: where no sample can be used, one is longer than a pack, or of a kind that is not trained on.
+    """
+    shapes, counts = index.contents.shapes, index.contents.counts
+    if (shapes.kind == AUDIO).any():
+        raise ValueError("data.shards hold audio, which this version indexes and does not train on")
+    if not model.frames and ((shapes.kind == LATENT) & (shapes.frames > 1)).any():
+        raise ValueError("data.shards hold latents of more than one frame; set model.frames=true to train on them")
+
+    def lengths(of: Shapes, stage: int) -> np.ndarray:
+        frames, heights, widths = sizing.sizes(of, stage)
+        rows, columns = heights // vae.factor, widths // vae.factor
+        tokens = token_count(frames, rows, columns, model.patch_size, model.text_conditional)
+        return np.where(frames > 0, tokens, 0)
+
+    medians = []
+    for number in range(len(sizing.stages)):
+        tokens = lengths(shapes, number)
+        usable = tokens > 0
+        if not usable.any():
+            raise ValueError(f"none of {len(index)} samples can be used: each is unreadable or smaller than one patch")
+        too_long = tokens > config.train.tokens_per_pack
+        if too_long.any():
+            worst = int(tokens.argmax())
+            frames, height, width = (int(of[worst]) for of in (shapes.frames, shapes.height, shapes.width))
+            raise ValueError(
+                f"{int(counts[too_long].sum())} of {len(index)} samples do not fit in train.tokens_per_pack="
+                f"{config.train.tokens_per_pack}: one of {frames} × {height} × {width} (frames, height, width) has "
+                f"{tokens[worst]} tokens; set it to at least {tokens[worst]}, or lower data.resolution or data.frames"
+            )
+        order = tokens[usable].argsort()
+        middle = np.searchsorted(counts[usable][order].cumsum(), counts[usable].sum() / 2)
+        medians.append(tokens[usable][order][middle])
+
+    def tokens_of(ids: np.ndarray, step: int) -> np.ndarray:
+        stage = sizing.stage_of(step)
+        tokens = lengths(index.shapes(ids), stage)
+        return np.where(tokens > 0, tokens, medians[stage])
+
+    return tokens_of
 
 
 def _check_conditions(index: Index, model: FlagDiTConfig) -> None:
     """Refuse a data set that lacks what the model is conditioned on."""
     if model.text_conditional:
-        wrong, what = index.caption_lengths < 0, "has no caption, on which the model is conditioned"
+        count, what = index.contents.uncaptioned, "has no caption, on which the model is conditioned"
+        missing = index.find(lambda table: table.columns["caption_length"] < 0) if count else None
     else:
-        wrong = (index.labels < 0) | (index.labels >= model.num_classes)
-        what = f"has no label from 0 to {model.num_classes - 1}, which model.num_classes={model.num_classes} asks for"
-    if wrong.any():
-        raise ValueError(f"{index.name(int(wrong.argmax()))} {what}; so do {int(wrong.sum())} of {len(index)} samples")
+        labels, what = index.contents.labels, f"has no label from 0 to {model.num_classes - 1}"
+        what += f", which model.num_classes={model.num_classes} asks for"
+        outside = labels is None or labels[0] < 0 or labels[1] >= model.num_classes
+        wrong = index.contents.unlabelled or outside
+
+        def unfit(table: ShardIndex) -> np.ndarray:
+            return (table.columns["label"] < 0) | (table.columns["label"] >= model.num_classes)
+
+        missing = index.find(unfit) if wrong else None
+    if missing is not None:
+        raise ValueError(f"{index.name(missing)} {what}")
 
 
 @contextmanager

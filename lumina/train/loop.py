@@ -16,7 +16,7 @@ from lumina.checkpoint.manifest import WEIGHTS
 from lumina.checkpoint.save import Piece, replace_text, save_checkpoint
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
-from lumina.data.loader import Loader, Sample
+from lumina.data.loader import Loader
 from lumina.data.plan import DataState
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
@@ -28,6 +28,7 @@ from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, ope
 from lumina.parallel.randomness import Randomness
 from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
+from lumina.train.feed import Feed
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
 from lumina.train.preview import check_preview, draw_preview
@@ -83,29 +84,30 @@ class Trainer:
     def __init__(self, config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals):
         self.config, self.mesh, self.signals = config, mesh, signals
         self.run_dir = Path(config.run.dir)
-        self.parts = assemble(config, model, mesh)
-        check_preview(config, self.parts)
         checkpoint = latest_checkpoint(self.run_dir)
         if checkpoint is not None:
             _check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
         state = DataState.from_dict(checkpoint.manifest.data) if checkpoint else None
+        self.parts = assemble(config, model, mesh, _lanes_of(config, state))
+        check_preview(config, self.parts)
         # Ranks that work on the same packs meet the same bad samples: one of them writes them down.
         ledger = self.run_dir / "bad_samples" / f"rank_{mesh.data.rank:05d}.jsonl"
         self.loader = Loader(
             self.parts.index,
             self.parts.plan,
+            self.parts.sizing,
             rank=mesh.data.rank,
             world=mesh.data.size,
             channels=self.parts.vae.pixel_channels,
-            multiple=self.parts.multiple,
             workers=config.data.workers,
             bad_samples=config.data.bad_samples,
             state=state,
+            step=self.step,
             ledger_path=ledger if mesh.leads_replica else None,
             seed=config.run.seed,
         )
-        self.preparer = Preparer(
+        preparer = Preparer(
             self.parts.model,
             self.parts.vae,
             self.parts.text,
@@ -114,6 +116,7 @@ class Trainer:
             config.data.caption_dropout,
             mesh,
         )
+        self.feed = Feed(self.loader, preparer, mesh, config.train.packs_per_forward)
         initial = self._initial_model(checkpoint)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in initial.named_parameters()}
         self.engine = Engine(initial, config, mesh, self.parts.accumulation_steps)
@@ -159,12 +162,12 @@ class Trainer:
 
     def _train(self, metrics: Metrics) -> None:
         config, skipped_in_a_row = self.config, 0
-        batches = iter(self.loader)
+        steps = iter(self.feed)
         while self.step < config.train.steps:
             self.step += 1
             started = time.perf_counter()
-            batch = next(batches)
-            packs = list(self._prepared(batch.packs))
+            data = next(steps)
+            packs = data.packs
             data_seconds = time.perf_counter() - started
             rate = learning_rate(config.train, self.step)
             result = train_step(
@@ -172,14 +175,14 @@ class Trainer:
                 self.ema,
                 self.parts.objective,
                 packs,
-                global_samples=batch.global_samples,
+                global_samples=data.global_samples,
                 learning_rate=rate,
                 step=self.step,
             )
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             flops = sum(self._flops(pack) for pack in packs)
             # What is said of whole packs is said once for all ranks that work on them.
-            of_packs = [tokens, flops, batch.bad] if self.mesh.leads_replica else [0, 0, 0]
+            of_packs = [tokens, flops, data.bad] if self.mesh.leads_replica else [0, 0, 0]
             loss, stop, tokens, flops, bad = self.mesh.sum([result.loss_share, self.signals.asked, *of_packs])
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
@@ -190,14 +193,14 @@ class Trainer:
                     loss=loss if math.isfinite(loss) else None,
                     grad_norm=result.outcome.grad_norm if math.isfinite(result.outcome.grad_norm) else None,
                     lr=rate,
-                    samples=batch.global_samples,
+                    samples=data.global_samples,
                     tokens=int(tokens),
                     seconds=seconds,
                     tokens_per_second=tokens / seconds,
                     tflops_per_device=tflops,
                     mfu=tflops / peak if peak else None,
                     skipped=result.outcome.skipped,
-                    epoch=batch.state_after.epoch,
+                    epoch=data.epoch,
                     data_seconds=data_seconds,
                     bad_samples=int(bad),
                 )
@@ -210,7 +213,7 @@ class Trainer:
                 )
             last = self.step == config.train.steps
             if stop or last or self.step % config.checkpoint.every == 0:
-                self._save(batch.state_after)
+                self._save(data.state_after)
             if config.preview.every and (last or self.step % config.preview.every == 0):
                 self._preview(metrics)
             if last and skipped_in_a_row:
@@ -219,23 +222,19 @@ class Trainer:
                 metrics.say(f"asked to stop: saved after step {self.step}; the same command goes on from there")
                 return
 
-    def _prepared(self, packs: list[list[Sample]]) -> Iterator[TrainingPack]:
-        at_once = self.config.train.packs_per_forward
-        for first in range(0, len(packs), at_once):
-            yield self.preparer([sample for pack in packs[first : first + at_once] for sample in pack])
-
     def _flops(self, pack: TrainingPack) -> int:
         captions = pack.captions.lengths if pack.captions is not None else ()
         return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions)
 
-    def _save(self, data: DataState) -> None:
+    def _save(self, data: DataState | None) -> None:
+        """`data` is known to the leaders of replicas, of which the first rank is one."""
         save_checkpoint(
             self.run_dir,
             self.step,
             self._pieces(),
             config=self.config,
             optimizer_steps=self.engine.optimizer_steps,
-            data=data.to_dict(),
+            data={} if data is None else data.to_dict(),
             mesh=self.mesh,
         )
 
@@ -274,6 +273,18 @@ class Trainer:
             self.mesh.sum_to_first(whole)
             weights[name] = whole
         return weights if self.mesh.is_first else None
+
+
+def _lanes_of(config: Config, state: DataState | None) -> int | None:
+    """The lanes of the run that goes on, whatever its global batch is now."""
+    if state is None:
+        return None
+    if config.data.lanes not in (None, len(state.lanes)):
+        raise ValueError(
+            f"data.lanes={config.data.lanes}, but {config.run.dir} has {len(state.lanes)}, which a run keeps; "
+            f"set data.lanes={len(state.lanes)}, or leave it out"
+        )
+    return len(state.lanes)
 
 
 def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,9 +26,31 @@ class TrainingSample(Protocol):
     epoch: int
     occurrence: int
     key: str
-    pixels: Tensor
+    pixels: Tensor | None
     caption: str | None
     label: int | None
+    latent: Tensor | None
+    text: Tensor | None
+    null_text: Tensor | None
+    encoders: dict[str, str | None]
+
+
+class Identity(NamedTuple):
+    """All that random draws need of a sample."""
+
+    sample_id: int
+    epoch: int
+    occurrence: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Samples as the encoders leave them, whole: the same for all ranks that work on them."""
+
+    identities: tuple[Identity, ...]
+    latents: list[Tensor]  # (F, C, H, W) each
+    captions: Captions | None
+    labels: Int[Tensor, "n"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +96,21 @@ class Preparer:
         self._caption_dropout, self._mesh, self._device = caption_dropout, mesh, mesh.device
 
     def __call__(self, samples: Sequence[TrainingSample]) -> TrainingPack:
+        """`encode`, then `pack`."""
+        return self.pack(self.encode(samples))
+
+    def encode(self, samples: Sequence[TrainingSample]) -> Encoded:
         """
         Raises:
             ValueError: for a sample without the caption or label that the model is conditioned on, by key.
         """
-        latents = [self._latents(sample) for sample in samples]
+        captions, labels = self._conditions(samples)
+        identities = tuple(Identity(sample.sample_id, sample.epoch, sample.occurrence) for sample in samples)
+        return Encoded(identities, [self._latents(sample) for sample in samples], captions, labels)
+
+    def pack(self, encoded: Encoded) -> TrainingPack:
+        """This rank's part of a forward pass over these samples."""
+        samples, latents = encoded.identities, encoded.latents
         shapes = [tuple(latent.shape) for latent in latents]
         noise = [self._randomness.normal("noise", sample, shape) for sample, shape in zip(samples, shapes, strict=True)]
         u = torch.tensor([self._randomness.uniform("time", sample) for sample in samples], dtype=torch.float64)
@@ -86,7 +118,6 @@ class Preparer:
         t = self._objective.draw_times(u.clamp_min(2.0**-54)).to(self._device, torch.float32)
         layout = layout_of(shapes, self._model.patch_size, self._model.text_conditional, self._device)
         stretch = stretch_of(layout, self._mesh)
-        captions, labels = self._conditions(samples)
         noise = pack([values.to(self._device) for values in noise], layout)
         return TrainingPack(
             data=pack(latents, layout)[stretch.start : stretch.stop],
@@ -94,11 +125,13 @@ class Preparer:
             t=t,
             layout=layout,
             stretch=stretch,
-            captions=captions,
-            labels=labels,
+            captions=encoded.captions,
+            labels=encoded.labels,
         )
 
     def _latents(self, sample: TrainingSample) -> Float[Tensor, "f c h w"]:
+        if sample.latent is not None:
+            return self._drawn_from(sample, sample.latent)
         pixels = sample.pixels.to(self._device)
         shape = (len(pixels), *self._vae.latent_shape(*pixels.shape[-2:]))
         noise = None
@@ -106,18 +139,45 @@ class Preparer:
             noise = self._randomness.normal("posterior", sample, shape).to(self._device)
         return self._vae.encode(pixels, noise)
 
+    def _drawn_from(self, sample: TrainingSample, moments: Tensor) -> Float[Tensor, "f c h w"]:
+        """Latents out of the posterior that was encoded beforehand."""
+        _same_encoder(sample, "vae", self._vae.describe())
+        mean, deviation = moments.to(self._device, torch.float32).chunk(2, dim=1)
+        if mean.shape[1] != self._vae.latent_channels:
+            raise ValueError(
+                f"sample {sample.key} holds latents of {mean.shape[1]} channels; model.in_channels="
+                f"{self._vae.latent_channels}"
+            )
+        if self._vae.factor == 1:
+            return mean
+        return mean + deviation * self._randomness.normal("posterior", sample, tuple(mean.shape)).to(self._device)
+
     def _conditions(self, samples: Sequence[TrainingSample]) -> tuple[Captions | None, Int[Tensor, "n"] | None]:
         dropped = [self._randomness.uniform("caption dropout", sample) < self._caption_dropout for sample in samples]
         if self._text is not None:
-            captions = [
-                "" if drop else _required(sample, sample.caption, "caption")
-                for sample, drop in zip(samples, dropped, strict=True)
-            ]
-            features, mask = self._text(captions)
-            return Captions.from_padded(features.to(self._device), mask.to(self._device)), None
+            features = self._features(samples, dropped)
+            return Captions.of(torch.cat(features), tuple(map(len, features))), None
         none = self._model.num_classes
         labels = [none if drop else self._label(sample) for sample, drop in zip(samples, dropped, strict=True)]
         return None, torch.tensor(labels, device=self._device)
+
+    def _features(self, samples: Sequence[TrainingSample], dropped: Sequence[bool]) -> list[Tensor]:
+        """Of each sample's caption, or of the empty one where it is dropped: made beforehand, or now."""
+        features: dict[int, Tensor] = {}
+        captions: dict[int, str] = {}
+        for i, (sample, drop) in enumerate(zip(samples, dropped, strict=True)):
+            if sample.text is None:
+                captions[i] = "" if drop else _required(sample, sample.caption, "caption")
+                continue
+            _same_encoder(sample, "text", self._text.describe())
+            features[i] = (sample.null_text if drop else sample.text).to(self._device, torch.float32)
+            width = features[i].shape[1]
+            if width != self._text.width:
+                raise ValueError(f"sample {sample.key} holds features {width} wide, not {self._text.width}")
+        if captions:
+            padded, mask = (x.to(self._device) for x in self._text(list(captions.values())))
+            features |= {i: of[here.bool()] for i, of, here in zip(captions, padded, mask, strict=True)}
+        return [features[i] for i in range(len(samples))]
 
     def _label(self, sample: TrainingSample) -> int:
         label = _required(sample, sample.label, "label")
@@ -127,6 +187,16 @@ class Preparer:
                 f"0 to {self._model.num_classes - 1}"
             )
         return label
+
+
+def _same_encoder(sample: TrainingSample, which: str, ours: str) -> None:
+    """Refuse what another encoder made; "none" takes what there is."""
+    theirs = sample.encoders.get(which)
+    if not ours.startswith("none") and theirs is not None and theirs != ours:
+        raise ValueError(
+            f"sample {sample.key} was encoded with {theirs}, but the run's {which} is {ours}; name that one, or encode "
+            "the data again"
+        )
 
 
 def _required(sample: TrainingSample, value, what: str):

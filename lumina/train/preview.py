@@ -22,6 +22,11 @@ def check_preview(config: Config, parts: Parts) -> None:
     preview = config.preview
     if not preview.every:
         return
+    if config.vae.model == "none" or (config.text is not None and config.text.encoder == "none"):
+        raise ValueError(
+            f"preview.every={preview.every}: pictures take the autoencoder and the text encoder; set it to 0, or name "
+            "them in vae.model and text.encoder"
+        )
     if preview.solver not in SOLVERS:
         raise ValueError(f"preview.solver is {preview.solver!r}; the solvers are {', '.join(SOLVERS)}")
     if preview.height % parts.multiple or preview.width % parts.multiple:

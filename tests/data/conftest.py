@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from lumina.data.index import Index
-from lumina.data.order import epoch_order
 from lumina.data.plan import Plan
+from lumina.data.sizing import Sizing, Stage
 from lumina.data.write import write_shards
 
 SIZES = ((8, 8), (8, 12), (16, 8), (12, 12), (4, 20))
@@ -29,11 +29,35 @@ def sample(number: int, **changes: object) -> dict[str, object]:
     return {"__key__": f"s{number:04d}"} | members | changes
 
 
-def plan_of(index: Index, *, seed: int = 0, tokens_per_pack: int = 64, packs: int = 4) -> Plan:
-    def tokens_of(ids: np.ndarray) -> np.ndarray:
-        return (index.heights[ids] // 4) * (index.widths[ids] // 4 + 1)
+SIZING = Sizing(4, (Stage(0, None),))
 
-    return Plan(lambda epoch: epoch_order(seed, epoch, len(index)), tokens_of, tokens_per_pack, packs, index.name)
+
+def plan_of(
+    index: Index,
+    *,
+    seed: int = 0,
+    tokens_per_pack: int = 64,
+    packs: int = 4,
+    lanes: int = 4,
+    window: int = 64,
+    sizing: Sizing = SIZING,
+) -> Plan:
+    def tokens_of(ids: np.ndarray, step: int) -> np.ndarray:
+        frames, heights, widths = sizing.sizes(index.shapes(ids), sizing.stage_of(step))
+        tokens = frames * (heights // 4) * (widths // 4 + 1)
+        return np.where(tokens > 0, tokens, 6)
+
+    return Plan(
+        index.starts,
+        index.weights,
+        tokens_of,
+        tokens_per_pack=tokens_per_pack,
+        global_batch_packs=packs,
+        lanes=lanes,
+        window=window,
+        seed=seed,
+        stage_of=sizing.stage_of,
+    )
 
 
 @pytest.fixture

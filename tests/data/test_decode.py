@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina.data.decode import BadSampleError, cropped_size, decode, image_size
+from lumina.data.decode import BadSampleError, Decoded, View, decode_view, probe
+from lumina.data.shard_index import KINDS
+from lumina.data.sizing import Shapes, Sizing, Stage
 
 GREY = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
 
@@ -18,9 +20,16 @@ def stored(image: Image.Image, form: str = "PNG", **options: object) -> dict[str
     return {{"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[form]: stream.getvalue()}
 
 
-def levels(members: dict[str, bytes], channels: int = 3, multiple: int = 1) -> np.ndarray:
-    """Decoded pixels back on the scale 0 … 255, (height, width, channels)."""
-    pixels = decode(members, channels=channels, multiple=multiple).pixels
+def decode(members: dict[str, bytes], channels: int) -> Decoded:
+    """The whole picture."""
+    found = probe(members)
+    assert (found.kind, found.frames, found.duration) == ("image", 1, 0)
+    return decode_view(members, View(found.height, found.width, resize=False), channels)
+
+
+def levels(members: dict[str, bytes], channels: int = 3) -> np.ndarray:
+    """Its pixels back on the scale 0 … 255, (height, width, channels)."""
+    pixels = decode(members, channels).pixels
     assert pixels.shape[:2] == (1, channels)
     assert pixels.is_contiguous()
     assert pixels.abs().max() <= 1
@@ -35,8 +44,8 @@ def test_grey_and_rgb_are_exact() -> None:
     np.testing.assert_allclose(levels(stored(Image.fromarray(rgb), "WEBP", lossless=True), 3), rgb, atol=1e-4)
     luma = rgb @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(levels(stored(Image.fromarray(rgb)), 1)[..., 0], luma, atol=1.01)
-    assert decode(stored(Image.new("L", (4, 4), 0)), channels=1, multiple=1).pixels.unique().tolist() == [-1]
-    assert decode(stored(Image.new("L", (4, 4), 255)), channels=1, multiple=1).pixels.unique().tolist() == [1]
+    assert decode(stored(Image.new("L", (4, 4), 0)), 1).pixels.unique().tolist() == [-1]
+    assert decode(stored(Image.new("L", (4, 4), 255)), 1).pixels.unique().tolist() == [1]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -50,7 +59,7 @@ def test_exif_orientation_is_applied(orientation: int, form: str) -> None:
     exif[0x0112] = orientation
     members = stored(Image.fromarray(image), form, exif=exif)
     turned = levels(members, 1)[..., 0]
-    assert turned.shape == ((32, 16) if orientation >= 5 else (16, 32)) == image_size(members)
+    assert turned.shape == ((32, 16) if orientation >= 5 else (16, 32))
     corners = {(y, x): turned[y, x] for y in (0, -1) for x in (0, -1)}
     assert min(corners, key=corners.get) == corner[orientation]
 
@@ -92,24 +101,27 @@ def test_every_png_mode_decodes(mode: str, channels: int) -> None:
 
 
 def test_the_middle_is_cut_out() -> None:
-    found = levels(stored(Image.fromarray(GREY)), 1, multiple=8)[..., 0]
-    np.testing.assert_allclose(found, GREY[2:10, 2:18], atol=1e-4)
+    members = stored(Image.fromarray(GREY))
+    pixels = decode_view(members, View(8, 16, resize=False), 1).pixels[0, 0]
+    np.testing.assert_allclose((pixels.numpy() + 1) * 127.5, GREY[2:10, 2:18], atol=1e-4)
     with pytest.raises(BadSampleError, match="picture of 12×20 pixels is smaller than 16×16"):
-        decode(stored(Image.fromarray(GREY)), channels=1, multiple=16)
+        decode_view(members, View(16, 16, resize=False), 1)
 
 
 def test_planned_size_is_decoded_size() -> None:
-    sizes = np.array([(h, w) for h in (1, 7, 8, 9, 16, 31) for w in (1, 7, 8, 9, 16, 31)])
-    heights, widths = cropped_size(sizes[:, 0], sizes[:, 1], 8)
-    for (height, width), *planned in zip(sizes, heights, widths, strict=True):
-        members = stored(Image.new("L", (int(width), int(height))))
-        if planned == [0, 0]:
-            with pytest.raises(BadSampleError, match="smaller than 8×8"):
-                decode(members, channels=1, multiple=8)
+    sides = (1, 7, 8, 9, 16, 31)
+    pictures = [stored(Image.new("L", (width, height))) for height in sides for width in sides]
+    found = [probe(members) for members in pictures]
+    shapes = [(KINDS.index(of.kind), of.height, of.width, of.frames) for of in found]
+    planned = Sizing(8, (Stage(0, None),)).sizes(Shapes(*np.array(shapes).T), 0)
+    expected = [(1, h // 8 * 8, w // 8 * 8) if min(h, w) >= 8 else (0, 0, 0) for h in sides for w in sides]
+    assert np.stack(planned, -1).tolist() == [list(size) for size in expected]
+    for members, (frames, height, width) in zip(pictures, expected, strict=True):
+        if frames:
+            assert decode_view(members, View(height, width, resize=False), 1).pixels.shape == (1, 1, height, width)
         else:
-            assert list(decode(members, channels=1, multiple=8).pixels.shape[2:]) == planned
-    with pytest.raises(ValueError, match="at least 1 pixel, not 0"):
-        cropped_size(8, 8, 0)
+            with pytest.raises(BadSampleError, match="smaller than 8×8"):
+                decode_view(members, View(8, 8, resize=False), 1)
 
 
 def test_bombs_are_refused_undecoded() -> None:
@@ -119,7 +131,7 @@ def test_bombs_are_refused_undecoded() -> None:
     for side in (10_000, 60_000):  # Pillow warns of the first and raises at the second
         png[16:24] = side.to_bytes(4, "big") * 2
         png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
-        for read in (lambda members: decode(members, channels=1, multiple=1), image_size):
+        for read in (probe, lambda members: decode_view(members, View(8, 8), 1)):
             with pytest.raises(BadSampleError, match="larger than 89478485 pixels"):
                 read({"png": bytes(png)})
 
@@ -138,11 +150,11 @@ def test_what_is_no_picture_is_refused() -> None:
         ({"jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n"}, "does not decode"),
         ({"png": gif.getvalue()}, "does not decode"),
         (stored(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "an animation of 2 frames"),
-        ({"txt": b"x"}, "needs one picture .* found none"),
+        ({"txt": b"x"}, "needs one medium .* found none"),
         ({"png": good, "jpg": good}, r"found \['jpg', 'png'\]"),
     ):
         with pytest.raises(BadSampleError, match=message) as caught:
-            decode(members, channels=1, multiple=1)
+            decode_view(members, View(12, 20, resize=False), 1)
         assert "\n" not in str(caught.value)
 
 
@@ -150,7 +162,7 @@ def test_captions_and_labels() -> None:
     picture = stored(Image.fromarray(GREY))
 
     def read(**members: bytes) -> tuple[str | None, int | None]:
-        decoded = decode(picture | members, channels=1, multiple=4)
+        decoded = decode(picture | members, 1)
         return decoded.caption, decoded.label
 
     fields = json.dumps({"caption": " from json ", "label": 3}).encode()
@@ -165,11 +177,15 @@ def test_captions_and_labels() -> None:
         ({"json": b"{"}, ".json does not parse"),
         ({"json": b"[1]"}, "must hold an object, not list"),
         ({"json": b'{"caption": 4}'}, '"caption" in .json must be text, not int'),
-        ({"json": b'{"label": -1}'}, '"label" in .json must be a whole number'),
+        ({"json": b'{"label": -1}'}, '"label" in .json must be a whole number from 0 to 2⁶³ - 1, not -1'),
+        ({"json": b'{"label": 9223372036854775808}'}, "from 0 to 2⁶³ - 1, not 9223372036854775808"),
+        ({"json": b'{"label": %s}' % (b"9" * 4000)}, "from 0 to 2⁶³ - 1, not 9{100}$"),
+        ({"json": b'{"label": %s}' % (b"9" * 5000)}, ".json does not parse"),
         ({"json": b'{"label": true}'}, '"label" in .json must be a whole number'),
         ({"json": b'{"label": "7"}'}, '"label" in .json must be a whole number'),
     ):
         with pytest.raises(BadSampleError, match=message):
             read(**members)
+    assert read(json=b'{"label": 9223372036854775807}') == (None, 2**63 - 1)
     with pytest.raises(ValueError, match="1 or 3 channels, not 4"):
-        decode(picture, channels=4, multiple=4)
+        decode(picture, 4)

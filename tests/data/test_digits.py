@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumina.data.decode import decode
+from lumina.data.decode import View, decode_view
 from lumina.data.index import Index
 from lumina.data.recipes.digits import (
     HELD_WORDINGS,
@@ -33,12 +33,12 @@ def test_pictures_are_exactly_those_of_scikit_learn(digits: Path) -> None:
     truth = load_digits()
     index = Index.open([digits])
     assert len(index) == 1797
-    assert index.labels.tolist() == truth.target.tolist()
-    assert set(index.heights.tolist()) == set(index.widths.tolist()) == {8}
+    assert index.column("label").tolist() == truth.target.tolist()
+    assert set(index.column("height").tolist()) == set(index.column("width").tolist()) == {8}
     used = set()
     for number in range(len(index)):
         members = index.read(number)
-        decoded = decode(members, channels=1, multiple=2)
+        decoded = decode_view(members, View(8, 8), 1)
         grey = np.round((decoded.pixels[0, 0].numpy() + 1) * 127.5).astype(np.uint8)
         np.testing.assert_array_equal(pixel_values(grey), truth.images[number])
         np.testing.assert_array_equal(grey, np.round(truth.images[number] * 255 / 16))

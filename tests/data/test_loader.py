@@ -11,12 +11,17 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from lumina.data.decode import decode_view
 from lumina.data.index import Index
 from lumina.data.loader import Batch, Loader, bad_budget
 from lumina.data.plan import DataState
+from lumina.data.sizing import Sizing, Stage
+from lumina.data.workers import PackDecoder
+from tests.data.conftest import SIZING
 
 COUNT = 97
 
@@ -25,8 +30,9 @@ COUNT = 97
 def make_loader(make_plan):
     def make(folder: Path, rank: int = 0, world: int = 1, plan: dict | None = None, **options) -> Loader:
         index = Index.open([folder])
-        options = {"channels": 1, "multiple": 4} | options
-        return Loader(index, make_plan(index, **(plan or {})), rank=rank, world=world, **options)
+        options = {"channels": 1} | options
+        sizing = options.pop("sizing", SIZING)
+        return Loader(index, make_plan(index, sizing=sizing, **(plan or {})), sizing, rank=rank, world=world, **options)
 
     return make
 
@@ -65,13 +71,14 @@ def global_stream(make_loader, folder: Path, world: int, workers: int, state: Da
 
 def layouts_agree(make_loader, folder: Path, layouts: list[tuple[int, int]]) -> None:
     whole, end = global_stream(make_loader, folder, 1, 0, None, 6)
-    assert whole[0][1] == 0
-    assert whole[-1][1] >= 1, "the test must cross the end of an epoch"
-    first_epoch = [sample[0] for sample in whole if sample[1] == 0]
-    assert sorted(first_epoch) == list(range(COUNT)), "each id exactly once"
+    assert end.epoch >= 1, "the test must cross the end of an epoch"
+    places = [sample[:2] for sample in whole]
+    waiting = {place for lane in end.lanes for place in lane.waiting}
+    assert len(set(places)) == len(places)
+    assert {(i, 0) for i in range(COUNT)} <= set(places) | waiting, "each id exactly once"
     half, middle = global_stream(make_loader, folder, 2, 0, None, 3)
     assert half == whole[: len(half)]
-    assert 0 < middle.offset < COUNT, "the change must come in the middle of an epoch"
+    assert any(taken for lane in middle.lanes for _, taken in lane.at), "the change must come within an epoch"
     stored = DataState.from_dict(json.loads(json.dumps(middle.to_dict())))
     for world, workers in layouts:
         rest, after = global_stream(make_loader, folder, world, workers, stored, 3)
@@ -143,13 +150,14 @@ KILLED_TRAINER = """
 import multiprocessing, os, signal, sys
 from lumina.data.index import Index
 from lumina.data.loader import Loader
-from lumina.data.order import epoch_order
 from lumina.data.plan import Plan
+from lumina.data.sizing import Sizing, Stage
 
 if __name__ == "__main__":
     index = Index.open([sys.argv[1]])
-    plan = Plan(lambda epoch: epoch_order(0, epoch, len(index)), lambda ids: ids * 0 + 1, 8, 4)
-    batches = iter(Loader(index, plan, rank=0, world=1, channels=1, multiple=4, workers=2))
+    sizes = {"tokens_per_pack": 8, "global_batch_packs": 4, "lanes": 4, "window": 8, "seed": 0}
+    plan = Plan(index.starts, [1.0], lambda ids, step: ids * 0 + 1, **sizes)
+    batches = iter(Loader(index, plan, Sizing(4, (Stage(0, None),)), rank=0, world=1, channels=1, workers=2))
     next(batches)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -157,6 +165,21 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_packs_that_end_and_one_thread_a_worker(tmp_path: Path) -> None:
+    # As many threads as cores in each of as many workers would only get into each other's way.
+    (tmp_path / "threads.py").write_text(
+        "import torch\n"
+        "from lumina.data.workers import decoded_in_order\n"
+        "def threads(pack):\n"
+        "    return torch.get_num_threads()\n"
+        "if __name__ == '__main__':\n"
+        "    print(torch.get_num_threads(), *decoded_in_order(threads, [[], []], 2))\n"
+    )
+    command = [sys.executable, str(tmp_path / "threads.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert (done.stdout.split()[1:], done.stderr) == (["1", "1"], "")
+
+
 def test_a_killed_trainer_leaves_no_workers(make_shards, tmp_path: Path) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(KILLED_TRAINER)
@@ -192,7 +215,7 @@ def test_a_world_that_does_not_divide_is_refused(make_loader, make_shards, packs
 def test_bad_arguments_are_refused(make_loader, make_plan, make_shards) -> None:
     folder, other = make_shards(5), make_shards(6, name="b")
     index = Index.open([folder])
-    state = DataState.start(Index.open([other]).hash)
+    state = DataState.start(Index.open([other]).hash, 64, 4)
     with pytest.raises(ValueError, match=f"data set has changed: .* {state.index_hash[:12]}.* {index.hash[:12]}"):
         make_loader(folder, state=state)
     with pytest.raises(ValueError, match="rank 2 does not lie in a world of 2"):
@@ -201,8 +224,6 @@ def test_bad_arguments_are_refused(make_loader, make_plan, make_shards) -> None:
         make_loader(folder, workers=-1)
     with pytest.raises(ValueError, match=r"data.bad_samples=1.5"):
         make_loader(folder, bad_samples=1.5)
-    with pytest.raises(ValueError, match="plan was made for 6 samples, the data set has 5"):
-        Loader(index, make_plan(Index.open([other])), rank=0, world=1, channels=1, multiple=4)
 
 
 # Bad samples
@@ -223,7 +244,9 @@ def test_one_percent_is_replaced_the_same_way_and_written_down(make_loader, make
     assert {sample.occurrence - 1 for sample in replaced} == bad
     assert len({(s.sample_id, s.epoch, s.occurrence) for s in samples}) == len(samples), "two samples share their noise"
     plan, index = loader._plan, loader._index
-    assert all(plan.tokens[s.sample_id] <= plan.tokens[s.occurrence - 1] for s in replaced)
+    tokens = plan.tokens_of(np.arange(200), 1)
+    assert all(tokens[s.sample_id] <= tokens[s.occurrence - 1] for s in replaced)
+    assert all(s.sample_id // 90 == (s.occurrence - 1) // 90 for s in replaced), "out of the same shard"
     by_key = {line["key"]: line for line in map(json.loads, ledger.read_text().splitlines())}
     assert sorted(by_key) == ["s0017", "s0150"]
     assert len(ledger.read_text().splitlines()) == 2, "met again in a later epoch it is not written again"
@@ -275,15 +298,14 @@ def test_one_bad_sample_does_not_stop_a_small_run_but_a_share_of_none_does(make_
 
 def test_nothing_to_stand_in_is_said(make_loader, make_shards) -> None:
     folder = make_shards(5, bad={0, 1, 2, 3})
-    with pytest.raises(ValueError, match=r"cannot be read and no sample of at most \d+ tokens can stand in"):
-        take(make_loader(folder, bad_samples=1.0, multiple=20), 1)
-    with pytest.raises(ValueError, match="none of the 3 samples can be used"):
-        make_loader(make_shards(3, bad={0, 1, 2}, name="b"))
+    with pytest.raises(ValueError, match=r"cannot be read and no sample that is as short can stand in"):
+        take(make_loader(folder, bad_samples=1.0, sizing=Sizing(20, (Stage(0, None),))), 1)
 
 
 def test_an_index_of_another_size_than_the_picture_is_a_bad_sample(make_loader, make_shards) -> None:
     loader = make_loader(make_shards(30), bad_samples=1.0)
-    loader._sizes[0][:] = 12
+    shapes = loader._index.shapes
+    loader._index.shapes = lambda ids: shapes(ids)._replace(height=shapes(ids).height + 8)
     with pytest.raises(ValueError, match="can stand in"):
         take(loader, 20)
     assert len(loader._bad) > 5
@@ -298,3 +320,25 @@ def test_budget() -> None:
     assert bad_budget(1.0, 50, 100) >= 50
     assert bad_budget(0.01, 10_000, 10**9) == 140
     assert next(n for n in range(1, 1000) if n // 5 > bad_budget(0.01, n, 10**6)) <= 20
+
+
+def test_workers_hand_over_bytes_not_floats(make_loader, make_shards, monkeypatch):
+    """A quarter of the bytes through the pipes; and the floats made of them are those of `decode_view`."""
+    loader = make_loader(make_shards(4))
+    handed = []
+    decode = PackDecoder.__call__
+
+    def watched(self, requests):
+        packs = decode(self, requests)
+        handed.extend((request, raw) for request, raw in zip(requests, packs, strict=True))
+        return packs
+
+    monkeypatch.setattr(PackDecoder, "__call__", watched)
+    (batch,) = take(loader, 1)
+    samples = [sample for pack in batch.packs for sample in pack]
+    assert samples
+    for sample, (request, raw) in zip(samples, handed, strict=False):
+        assert sample.sample_id == request.sample_id
+        assert (raw.levels.dtype, raw.levels.nbytes) == (np.uint8, sample.pixels.nbytes // 4)
+        expected = decode_view(loader._index.read(sample.sample_id), request.view, 1).pixels
+        assert torch.equal(sample.pixels, expected)

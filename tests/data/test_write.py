@@ -1,12 +1,14 @@
 """Shards are written whole or not at all, equal bytes for equal samples, and webdataset reads them."""
 
 import os
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 
-from lumina.data.write import write_shards
+from lumina.data.write import cut_into_shards, sample_bytes, shard_bytes, write_shard, write_shards
 
 
 def test_equal_samples_give_equal_bytes(make_shards) -> None:
@@ -72,7 +74,7 @@ def test_an_empty_folder_is_taken_a_full_one_refused(make_sample, tmp_path: Path
         ({"PNG": b""}, "lower case"),
         ({"_x": b""}, "extension '_x'"),
         ({"txt": 3}, ".txt of sample s0000 must be bytes, text or a dict, not int"),
-        ({"jpg": b""}, "sample s0000 of shard .* has 2 pictures"),
+        ({"jpg": b""}, "sample s0000 of shard .* has 2 of jpg, .* it must have one$"),
     ],
 )
 def test_bad_samples_are_refused(make_sample, tmp_path: Path, change: dict, message: str) -> None:
@@ -90,3 +92,31 @@ def test_other_bad_arguments(make_sample, tmp_path: Path) -> None:
         write_shards(tmp_path / "out", [make_sample(0)], name="a/b", samples_per_shard=1)
     with pytest.raises(ValueError, match=r"sample s0000 of shard .* has .json twice"):
         write_shards(tmp_path / "out", [make_sample(0), make_sample(0)], name="a", samples_per_shard=5)
+
+
+@pytest.mark.parametrize("part", ["k", "k" * 60, "k" * 120, "ü"])
+@pytest.mark.parametrize("length", [0, 1, 511, 512, 513, 30000])
+def test_sizes_are_known_before_writing(make_sample, tmp_path: Path, part: str, length: int) -> None:
+    samples = [make_sample(n) | {"__key__": f"{part}/{n}{part}", "txt": "x" * length} for n in range(7)]
+    shard = write_shard(tmp_path / "a.tar", samples)
+    sizes = ({"png": len(sample["png"]), "txt": length, "json": len('{"label": 0}')} for sample in samples)
+    size = sum(sample_bytes(sample["__key__"], of) for sample, of in zip(samples, sizes, strict=True))
+    assert shard.stat().st_size == shard_bytes(size)
+    with tarfile.open(shard) as tar:
+        tar.getmembers()
+        assert tar.offset == size  # where the end mark begins
+
+
+def test_cut_into_shards() -> None:
+    """Against filling them one by one."""
+    generator = np.random.default_rng(0)
+    for limit, most in ((20480, None), (50_000, 7), (10240, 3), (1 << 30, None), (1 << 30, 10)):
+        sizes = generator.integers(2, 40, 200) * 512
+        starts, used = [0], 0
+        for number, size in enumerate(sizes.tolist()):
+            if number > starts[-1] and (shard_bytes(used + size) > limit or number - starts[-1] == most):
+                starts.append(number)
+                used = 0
+            used += size
+        assert cut_into_shards(sizes, limit, most).tolist() == [*starts, 200]
+    assert cut_into_shards(np.zeros(0, np.int64), 10240, None).tolist() == [0]

@@ -46,6 +46,10 @@ class Sample:
     label: int
     epoch: int = 0
     occurrence: int = 0
+    latent: None = None
+    text: None = None
+    null_text: None = None
+    encoders: dict = field(default_factory=dict)
 
     @property
     def key(self) -> str:

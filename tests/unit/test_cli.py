@@ -141,6 +141,22 @@ REFUSED = {
     ),
     "digits over something": ("data digits DIR/other", "DIR/other"),
     "index of nothing": ("data index DIR/none", "DIR/none"),
+    "check of nothing": ("data check DIR/none", "DIR/none"),
+    "shards of no folder": ("data folder DIR/none DIR/new", "DIR/none is no folder"),
+    "shards over something": ("data folder DIR/other DIR/other", "DIR/other is not empty"),
+    "shards of no size": ("data folder DIR/other DIR/new --shard-size big", "'big' is no number of bytes"),
+    "shards of a small size": ("data folder DIR/other DIR/new --shard-size 1kB", "at least 10240 bytes"),
+    "neither caption nor label": (
+        "data folder DIR/other DIR/new --caption-from none",
+        "without captions, give labels by --label-from folder",
+    ),
+    "captions from elsewhere": ("data folder DIR/other DIR/new --caption-from exif", "invalid choice: 'exif'"),
+    "no worker": ("data folder DIR/other DIR/new --workers 0", "workers must be at least 1, not 0"),
+    "a table without a column": ("data table DIR/file DIR/new", "--media"),
+    "a table of no format": ("data table DIR/file DIR/new --media a --caption b", "DIR/file is no .csv, .tsv"),
+    "a table of nothing": ("data table DIR/none.csv DIR/new --media a", "--caption or --label"),
+    "no description": ("data lumina DIR/none.yaml DIR/new", "DIR/none.yaml cannot be read"),
+    "a description of something else": ("data lumina CONFIG DIR/new", "must hold META"),
 }
 
 if find_spec("wandb") is not None:
@@ -287,6 +303,7 @@ def test_version(results):
         verb.split()
         for verb in (
             *("", "train", "sample", "data", "data digits", "data index"),
+            *("data folder", "data table", "data lumina", "data check", "data show", "data encode"),
             *("benchmark", "benchmark kernels", "benchmark attention", "doctor"),
         )
     ],
@@ -317,7 +334,7 @@ def test_the_examples_are_understood():
                     yield from parsers(child)
 
     examples = [p.epilog.split("\n  ")[1] for p in parsers(_parser())]
-    assert len(examples) == 10
+    assert len(examples) == 17
     for example in examples:
         for command in example.split("&&"):
             words = shlex.split(command)

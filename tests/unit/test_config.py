@@ -59,7 +59,9 @@ def test_numbers_are_read_as_people_write_them(text, value):
         ({"parallel__zero_stage": 4}, "parallel.zero_stage: .*3"),
         ({"preview__every": 5}, "preview.prompts is empty"),
         ({"train__betas": [0.9, 1.0]}, r"train.betas: both must lie in \[0, 1\)"),
-        ({"data": {}}, "data.shards is missing"),
+        ({"data": {}}, "data: name what to train on by data.shards, or several sets by data.sets"),
+        ({"data": {"shards": ["a"], "sets": [{"shards": ["b"]}]}}, "data.shards, or several sets by data.sets"),
+        ({"data__stages": [{"from_step": 0, "resolution": 64}], "data__resolution": 64}, "leave data.resolution out"),
     ],
 )
 def test_errors_are_one_sentence(tmp_path, changes, sentence):

@@ -204,6 +204,7 @@ PACKAGE_OF = {
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "huggingface_hub": "transformers",
+    "skimage": "scikit-image",
 }
 
 

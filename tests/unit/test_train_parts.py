@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -51,11 +51,15 @@ class Sample:
     """As the loader decodes it."""
 
     sample_id: int
-    pixels: torch.Tensor
+    pixels: torch.Tensor | None
     caption: str | None = "a two"
     label: int | None = 2
     epoch: int = 0
     occurrence: int = 0
+    latent: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    null_text: torch.Tensor | None = None
+    encoders: dict = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -381,7 +385,7 @@ class ForwardOnly(Engine):
 def test_the_loss_of_packs_is_that_of_samples(digits, tmp_path, flow, per_sample):
     config = validate(tiny_config(tmp_path / "run", digits, data__caption_dropout=0.4, flow=flow), "test")
     parts = assemble(config, model_config(config), MESH)
-    batch = next(iter(Loader(parts.index, parts.plan, rank=0, world=1, channels=1, multiple=2)))
+    batch = next(iter(Loader(parts.index, parts.plan, parts.sizing, rank=0, world=1, channels=1)))
     torch.manual_seed(0)
     model = FlagDiT(parts.model)
     for parameter in model.parameters():
@@ -403,7 +407,7 @@ def test_the_loss_that_a_run_reports(digits, tmp_path):
     checkpoint = Checkpoint(run_dir / "checkpoints" / "step_00000002")
     parts = assemble(checkpoint.config, model_config(checkpoint.config), MESH)
     state = DataState.from_dict(checkpoint.manifest.data)
-    batch = next(iter(Loader(parts.index, parts.plan, rank=0, world=1, channels=1, multiple=2, state=state)))
+    batch = next(iter(Loader(parts.index, parts.plan, parts.sizing, rank=0, world=1, channels=1, state=state)))
     model = build(parts.model, checkpoint.state_dict("master"), "the checkpoint")
     reported = metrics_of(run_dir)[2]
     assert reported["loss"] == pytest.approx(plain_loss(model, batch, parts.text, 3, 0.4, velocity_error), rel=1e-5)
