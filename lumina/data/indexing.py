@@ -1,5 +1,6 @@
 """Making indexes: reading shards once from end to end, in several processes."""
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -151,7 +151,7 @@ class Trainer:
         metrics.say(
             f"Flag-DiT with {parameters:,} parameters · {len(parts.index):,} samples · "
             f"packs a step: {self.config.train.global_batch_packs}, of {plan.tokens_per_pack:,} tokens "
-            f"({plan.waste(self.loader.state, batches=20):.1%} unused) · ranks: {describe(self.mesh)}, "
+            f"({plan.waste(self.loader.state, 20, self.step + 1):.1%} unused) · ranks: {describe(self.mesh)}, "
             f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision} · "
             f"attention: {self.engine.attention_backend}"
         )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,18 @@ def test_the_setting_that_forces_references(setting, expected):
 def test_a_setting_that_does_not_exist():
     run = python("import lumina.kernels", LUMINA_KERNELS="tritn")
     assert run.stderr.splitlines()[-1] == "ValueError: LUMINA_KERNELS is 'tritn'; it is 'reference' or not set"
+
+
+def test_the_package_has_one_name():
+    """From the top of a clone it can be found as `kernels`, and transformers looks for a package of that name."""
+    code = (
+        "import torch\nfrom lumina import kernels\nimport kernels as other\n"
+        "from transformers.utils import is_kernels_available\n"
+        "print(hasattr(other, 'swiglu'), is_kernels_available())\n"
+        "print(tuple(torch.ops.lumina.swiglu_packed(torch.ones(2, 8)).shape))"
+    )
+    run = python(code, PYTHONPATH=str(Path(__file__).parents[2]))
+    assert run.stdout.splitlines() == ["False False", "(2, 4)"], run.stderr
 
 
 def test_without_triton():
