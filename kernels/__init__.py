@@ -4,9 +4,9 @@ Every operation is called through one dispatcher (`lumina.kernels.dispatch`), wh
 implementation that can run on the tensors at hand.
 """
 
-# From the top of a clone this folder can be found as `kernels`, too. Transformers takes it for Hugging Face's package of
-# that name, imports it and asks its version. Under that name it is empty: imported twice, every custom op would be
-# registered anew, and the first be broken.
+# From the top of a clone this folder can be found as `kernels`, too. Transformers takes it for the package of that name
+# by Hugging Face, imports it and asks its version. Under that name it is empty: imported twice, every custom op would
+# be registered anew, and the first be broken.
 if __name__ == "lumina.kernels":
     from .attention import AttentionPlan, attention, with_lse
     from .gated_residual import gated_residual
