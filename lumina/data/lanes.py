@@ -73,9 +73,10 @@ class Lane:
     Args:
         number: which lane.
         orders: of each set.
-        thresholds: uint64 (sets,), shares of the sets added up, on a scale of 2⁶⁴; see `thresholds`.
+        thresholds: shares of the sets added up, on a scale of 2⁶⁴; see `thresholds`.
         tokens_of: int64 ids (n,) → int (n,), their lengths in tokens, all at least 1.
         seed: of the run.
+        state: where it begins.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Lane:
         seed: int,
         state: LaneState,
     ):
-        self._number, self._orders, self._thresholds, self._tokens_of = number, orders, thresholds, tokens_of
+        self._thresholds = thresholds
         self._offset = int(random_words(1, "blend", seed, number)[0])
         self._drawn = state.drawn
         self._sources = [
