@@ -67,7 +67,8 @@ class TensorFile:
         """
         expected = self._waiting.pop()
         dtype, shape = self._tensors[key]
-        assert key == expected and values.numel() == torch.Size(shape).numel(), (key, expected, values.shape, shape)
+        assert key == expected, (key, expected)
+        assert values.numel() == torch.Size(shape).numel(), (key, values.shape, shape)
         flat = values.detach().to("cpu", dtype).contiguous().view(-1)
         if flat.numel():
             self._put(memoryview(flat.view(torch.uint8).numpy()))
