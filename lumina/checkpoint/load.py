@@ -1,23 +1,35 @@
 """Loading: any stretch of any part of a tensor, whoever wrote it; files are checked before they are used."""
 
+import hashlib
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from lumina.checkpoint.manifest import CONFIG, TensorEntry, checkpoints_of, plain_stretch, read_manifest, sha256_of
+from lumina.checkpoint.manifest import (
+    CONFIG,
+    PieceEntry,
+    TensorEntry,
+    checkpoints_of,
+    plain_stretch,
+    read_manifest,
+    sha256_of,
+)
+from lumina.checkpoint.tensor_file import StoredTensors
 from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.model.config import FlagDiTConfig
 from lumina.parallel.fragments import Part
+from lumina.parallel.mesh import Mesh
+
+_OPEN_FILES = 64
 
 
 class Checkpoint:
-    """An open checkpoint folder. Only the files that are read are checked, each once, by size and SHA-256."""
+    """An open checkpoint folder. What is read of it is checked first, by SHA-256, and nothing else is."""
 
     def __init__(self, directory: Path):
         """
@@ -26,7 +38,8 @@ class Checkpoint:
         """
         self.directory = directory
         self.manifest = read_manifest(directory)
-        self._checked: set[str] = set()
+        self._checked: set[str | tuple[str, str]] = set()  # files, pieces
+        self._files: dict[str, StoredTensors] = {}
 
     @property
     def config(self) -> Config:
@@ -61,11 +74,10 @@ class Checkpoint:
             held = _blocks(entry.shape, dim, piece.part, piece.start, piece.numel)
             common = [(ours, theirs, both) for ours in asked for theirs in held if (both := ours.common(theirs))]
             if common:
-                with safe_open(self._check(piece.file), framework="pt") as file:
-                    stored = file.get_slice(piece.key)
-                    for ours, theirs, both in common:
-                        ours.cut(values, both).copy_(theirs.cut(stored, both))
-                        ours.cut(found, both).fill_(True)
+                stored = self._stored(piece)
+                for ours, theirs, both in common:
+                    ours.cut(values, both).copy_(theirs.cut(stored, both))
+                    ours.cut(found, both).fill_(True)
         # Elements, not pieces, are counted: one that two pieces hold does not make up for one that none holds.
         covered = int(found.count_nonzero())
         if covered != numel:
@@ -86,19 +98,59 @@ class Checkpoint:
         except KeyError:
             raise ValueError(f"{self.directory} has no tensor {kind}/{name}") from None
 
+    def damage(self, rank: int = 0, world: int = 1) -> str:
+        """What is wrong with this rank's share of the folder, files and pieces; empty where nothing is.
+
+        Everything is read once, by one of the `world` ranks.
+        """
+        pieces = [piece for of_kind in self.manifest.tensors.values() for t in of_kind.values() for piece in t.pieces]
+        pieces.sort(key=lambda piece: (piece.file, piece.key))
+        try:
+            for name in list(self.manifest.files)[rank::world]:
+                self._check(name)
+            for piece in pieces[rank::world]:
+                self._stored(piece)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _stored(self, piece: PieceEntry) -> Tensor:
+        """The piece's values, a view of its file, which are what was saved."""
+        file = self._open(piece.file)
+        values, part = file.flat(piece.key), (piece.file, piece.key)
+        if part not in self._checked:
+            if values is None or values.numel() != piece.numel or piece.sha256 not in (None, file.sha256(piece.key)):
+                raise self._damaged(piece.file, f"its tensor {piece.key} is not what was saved (SHA-256)")
+            self._checked.add(part)
+        return values
+
+    def _open(self, name: str) -> StoredTensors:
+        self._check(name)
+        if name not in self._files:
+            if len(self._files) >= _OPEN_FILES:
+                del self._files[next(iter(self._files))]
+            self._files[name] = StoredTensors(self.directory / name)
+        return self._files[name]
+
     def _check(self, name: str) -> Path:
+        """The path of a file of the size that was saved, and with its hash, which may be of the header alone."""
         path = self.directory / name
         if name not in self._checked:
             listed = self.manifest.files.get(name)
             if listed is None or Path(name).name != name:
                 raise ValueError(f"{self.directory}: the manifest names {name!r}, which it does not list as a file")
-            if not path.is_file() or path.stat().st_size != listed.bytes or sha256_of(path) != listed.sha256:
-                raise ValueError(
-                    f"{path} is missing or damaged: it is not the file that was saved (SHA-256 differs); "
-                    f"remove {self.directory} to go on from the checkpoint before it"
-                )
+            if not path.is_file() or path.stat().st_size != listed.bytes:
+                raise self._damaged(name, f"it is no file of {listed.bytes:,} bytes")
+            pieces_have_hashes = self.manifest.version >= 3 and name.endswith(".safetensors")
+            found = hashlib.sha256(StoredTensors(path).header).hexdigest() if pieces_have_hashes else sha256_of(path)
+            if found != listed.sha256:
+                what = "its header is" if pieces_have_hashes else "it is"
+                raise self._damaged(name, f"{what} not what was saved (SHA-256)")
             self._checked.add(name)
         return path
+
+    def _damaged(self, name: str, what: str) -> ValueError:
+        return ValueError(f"{self.directory / name} is missing or damaged: {what}; take another checkpoint")
 
 
 class _Block(NamedTuple):
@@ -143,9 +195,44 @@ def _blocks(shape: Sequence[int], dim: int, part: Part | None, start: int, numel
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, or None."""
+    """The newest checkpoint of a run, or None.
+
+    Raises:
+        ValueError: where its manifest is damaged.
+    """
     folders = checkpoints_of(run_dir)
     return Checkpoint(folders[-1]) if folders else None
+
+
+def newest_whole_checkpoint(run_dir: Path, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run in which nothing is damaged, or None where there is none at all.
+
+    Each rank checks a share of what is there; all take the same.
+
+    Returns:
+        The checkpoint, and what is wrong with newer ones; the latter on the first rank.
+
+    Raises:
+        ValueError: where all are damaged.
+    """
+    folders, problems = mesh.from_first(checkpoints_of(run_dir)[::-1]), []
+    for folder in folders:
+        checkpoint, problem = None, ""
+        try:
+            checkpoint = Checkpoint(folder)
+            problem = checkpoint.damage(mesh.world.rank, mesh.world.size)
+        except ValueError as error:
+            problem = str(error)
+        found = mesh.gather(problem) or []
+        if not mesh.any(bool(problem)):
+            return checkpoint, problems
+        problems += [problem for problem in found if problem][:1]
+    if folders:
+        raise ValueError(
+            f"every checkpoint of {run_dir} is damaged, and training does not start anew over them: "
+            f"{'; '.join(problems) or 'the first process says why'}; name another run.dir, or move them away"
+        )
+    return None, []
 
 
 def model_config(config: Config) -> FlagDiTConfig:

@@ -6,6 +6,7 @@ wrote which piece does not matter to a reader, so a checkpoint opens under any l
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from math import prod
@@ -17,11 +18,12 @@ from pydantic import model_validator
 from lumina.config.schema import Section
 from lumina.parallel.fragments import Part
 
-VERSION = 2
-READABLE = (1, VERSION)  # version 1 knew no parts
-MANIFEST = "manifest.json"
+VERSION = 3
+READABLE = (1, 2, VERSION)  # 1 knew no parts; until 3, files had hashes and pieces had none
+MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"
 CONFIG = "config.yaml"
 FOLDER = "checkpoints"
+LATEST = "latest"
 
 # The kinds of tensors of a training checkpoint.
 WEIGHTS, EMA, MOMENTS = "master", "ema", ("exp_avg", "exp_avg_sq")
@@ -35,6 +37,7 @@ class PieceEntry(Section):
     start: int
     numel: int
     part: Part | None = None
+    sha256: str | None = None
 
 
 class TensorEntry(Section):
@@ -51,7 +54,7 @@ class TensorEntry(Section):
 
 
 class FileEntry(Section):
-    """What a file must be."""
+    """What a file must be. Where its pieces have hashes of their own, `sha256` is of its header alone."""
 
     bytes: int
     sha256: str
@@ -68,6 +71,8 @@ class Manifest(Section):
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]
     software: dict[str, str]
+    model: dict[str, Any] | None = None
+    """Fields of FlagDiTConfig."""
 
 
 def plain_stretch(
@@ -99,20 +104,43 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
-        ValueError: where there is none, or it is not one that this version reads.
+        ValueError: where there is none, it is damaged, or not one that this version reads.
     """
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} holds no {MANIFEST}; it is no checkpoint, or a save that never finished")
+    text = path.read_bytes()
     try:
-        tree = json.loads(path.read_text())
-        manifest = Manifest.model_validate(tree)
-    except ValueError as error:  # broken JSON and pydantic's errors alike
+        tree = json.loads(text)
+        known = isinstance(tree, dict) and tree.get("version") in READABLE
+        hashed = (directory / MANIFEST_HASH).exists() or (known and tree["version"] >= 3)
+        if hashed and (directory / MANIFEST_HASH).read_text() != _hash_line(text):
+            raise ValueError(f"its SHA-256 is not the one in {MANIFEST_HASH}")
+        manifest = Manifest.model_validate(tree) if known else None
+    except (ValueError, OSError) as error:  # broken JSON, broken UTF-8 and pydantic's errors alike
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged, or not written by Lumina ({reason})") from error
-    if manifest.format != "lumina-checkpoint" or manifest.version not in READABLE:
-        raise ValueError(f"{path}: format {manifest.format} {manifest.version}; this version reads {READABLE}")
+    if manifest is None or manifest.format != "lumina-checkpoint":
+        raise ValueError(
+            f"{path}: not a Lumina checkpoint of version {', '.join(map(str, READABLE))}; it may be damaged, or "
+            "written by a newer version"
+        )
     return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Durably, with a hash that `sha256sum -c` checks too.
+
+    Raises:
+        OSError: where the disk does not take it.
+    """
+    text = json.dumps(manifest.model_dump(), separators=(",", ":")).encode()
+    write_durably(directory / MANIFEST, text)
+    write_durably(directory / MANIFEST_HASH, _hash_line(text).encode())
+
+
+def _hash_line(text: bytes) -> str:
+    return f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -121,12 +149,34 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first; a save that never finished is none."""
     folders = (run_dir / FOLDER).glob("step_*")
-    return sorted(f for f in folders if re.fullmatch(r"step_\d{8}", f.name) and (f / MANIFEST).is_file())
+    return sorted(folder for folder in folders if re.fullmatch(r"step_\d{8}", folder.name) and folder.is_dir())
 
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and flush it to the disk; its folder is the caller's to flush."""
+    path.write_bytes(data)
+    sync(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader, or a kill, finds the old text or the new."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write_durably(temporary, text.encode())
+    temporary.rename(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

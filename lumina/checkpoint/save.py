@@ -1,25 +1,40 @@
-"""Saving: each rank its own pieces, durable before visible."""
+"""Saving: each rank its own pieces, durable before visible, beside the training if asked."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lumina.checkpoint.manifest import CONFIG, MANIFEST, VERSION, checkpoints_of, plain_stretch, sha256_of, step_folder
+from lumina.checkpoint.manifest import (
+    CONFIG,
+    FOLDER,
+    LATEST,
+    VERSION,
+    FileEntry,
+    Manifest,
+    checkpoints_of,
+    plain_stretch,
+    replace_text,
+    sha256_of,
+    step_folder,
+    sync,
+    write_durably,
+    write_manifest,
+)
+from lumina.checkpoint.tensor_file import TensorFile
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
 from lumina.parallel.fragments import Part
 from lumina.parallel.mesh import Mesh
 
+FAILURES_LIMIT = 3
 _PACKAGES = ("lumina-t2x", "torch", "deepspeed", "safetensors", "numpy")
 
 
@@ -35,118 +50,214 @@ class Piece:
     part: Part | None = None  # the whole tensor
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    pieces: Iterable[Piece],
-    *,
-    config: Config,
-    optimizer_steps: int,
-    data: dict[str, Any],
-    mesh: Mesh,
-) -> Path:
-    """Write the checkpoint of `step` and return its folder. Called by every rank with the pieces it owns.
+@dataclass(frozen=True)
+class SaveState:
+    """What a checkpoint says beside its tensors."""
 
-    Everything is written into a temporary folder and flushed to disk; only then is the folder renamed, so that a
-    folder under its final name is always whole. Older checkpoints than the newest `checkpoint.keep` are removed.
+    step: int
+    optimizer_steps: int
+    data: dict[str, Any]
+    model: dict[str, Any]
+    """Fields of FlagDiTConfig."""
 
-    Raises:
-        OSError: on every rank, where any could not write; nothing is then left under the final name.
+
+class _Written(NamedTuple):
+    """What a rank tells of its file: what went wrong, or how the manifest lists it."""
+
+    problem: str
+    file: str = ""
+    entry: FileEntry | None = None
+    tensors: Sequence[tuple] = ()  # kind, name, shape and piece of each
+
+
+class Saver:
+    """The saves of a run, at most one in flight. Every rank makes one, and calls the same methods at the same steps.
+
+    Each rank writes its pieces into a temporary folder and flushes them to the disk; when all have, the first rank
+    adds the manifest, and only then is the folder renamed, so that one under its final name is always whole.
+
+    A save that fails is said and counted, and training goes on; three in a row, or one that is waited for to the
+    end by `finish`, raise OSError on every rank. What was saved before stays as it was.
     """
-    final = step_folder(run_dir, step)
-    temporary = final.with_name(f".{final.name}.partial")
-    if mesh.is_first:
-        for leftover in final.parent.glob(".step_*.partial") if final.parent.is_dir() else ():
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    mesh.barrier()
 
-    problem, report = "", None
-    try:
-        report = _write_pieces(temporary / f"rank_{mesh.world.rank:05d}.safetensors", pieces)
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    reports = mesh.gather((problem, report))
-    if mesh.is_first:
-        problem = next((theirs for theirs, _ in reports if theirs), "")
-        if not problem:
+    def __init__(self, run_dir: Path, config: Config, mesh: Mesh):
+        self._run_dir, self._config, self._mesh = run_dir, config, mesh
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._state: SaveState | None = None  # of the save in flight
+        self._writing: Future[_Written] | None = None
+        self._removing: Future[None] | None = None
+        self._copies: list[Tensor] = []
+        self._failures, self._failure = 0, ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has nothing in flight that it still writes."""
+        return self._writing is None or self._writing.done()
+
+    def start(self, state: SaveState, pieces: Iterable[Piece]) -> str:
+        """Save the pieces as they are now. Returns when they are saved, or, asynchronous, when they have been copied.
+
+        Returns:
+            What went wrong, in this save or the one before it; empty where nothing did.
+        """
+        problem = self._settle()
+        self._state = state
+        temporary = self._temporary()
+        unmade = ""
+        if self._mesh.is_first:
             try:
-                _write_durably(temporary / CONFIG, dump_config(config))
-                written = [theirs for _, theirs in reports if theirs] + [_report(temporary / CONFIG)]
-                manifest = _manifest(step, optimizer_steps, data, written)
-                _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
-                _sync(temporary)
-                if final.exists():  # a run that resumed from before this step comes by again
-                    shutil.rmtree(final)
-                temporary.rename(final)
-                _sync(final.parent)
-                for old in checkpoints_of(run_dir)[: -config.checkpoint.keep]:
-                    shutil.rmtree(old)
+                if self._removing is not None:
+                    self._removing.result()
+                _sweep(list(temporary.parent.glob(".step_*")))
+                temporary.mkdir(parents=True)
             except OSError as error:
-                problem = str(error)
-    if mesh.any(bool(problem)):
-        if mesh.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {step} could not be saved under {final}: {problem or 'see rank 0'}")
-    return final
+                unmade = str(error)
+        self._mesh.barrier()
+        if unmade:
+            self._writing = Future()
+            self._writing.set_result(_Written(unmade))
+        else:
+            mine = list(self._copied(pieces) if self._config.checkpoint.asynchronous else pieces)
+            path = temporary / f"rank_{self._mesh.world.rank:05d}.safetensors"
+            self._writing = self._thread.submit(_write, path, mine)
+        return problem if self._config.checkpoint.asynchronous else problem or self._settle()
+
+    def advance(self, all_ready: bool) -> str:
+        """Once a step, with whether every rank is `ready`: make a save visible that all have written.
+
+        Returns:
+            What went wrong; empty where nothing did.
+        """
+        return self._settle() if all_ready else ""
+
+    def finish(self) -> None:
+        """Wait for what is in flight.
+
+        Raises:
+            OSError: where the last save failed.
+        """
+        problem = self._settle() or self._failure
+        if self._removing is not None:
+            self._removing.result()
+        if problem:
+            raise OSError(problem)
+
+    def close(self) -> None:
+        """Let go of the thread; a save that is in flight stays unfinished, and is swept away by the next."""
+        self._thread.shutdown(wait=True)
+
+    def _temporary(self) -> Path:
+        final = step_folder(self._run_dir, self._state.step)
+        return final.with_name(f".{final.name}.partial")
+
+    def _copied(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces on the host, in memory that is taken once and used by every save."""
+        on_device = False
+        for number, piece in enumerate(pieces):
+            if number == len(self._copies):
+                pinned = piece.values.device.type == "cuda"
+                self._copies.append(torch.empty(piece.values.numel(), dtype=torch.float32, pin_memory=pinned))
+            on_device |= piece.values.device.type == "cuda"
+            self._copies[number].copy_(piece.values.detach().view(-1), non_blocking=True)
+            yield replace(piece, values=self._copies[number])
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+
+    def _settle(self) -> str:
+        """Wait for the save in flight, if there is one, and make it visible."""
+        if self._writing is None:
+            return ""
+        state, written = self._state, self._writing.result()
+        reports = self._mesh.gather(written)
+        problem = ""
+        if self._mesh.is_first:
+            problem = next((f"rank {rank}: {r.problem}" for rank, r in enumerate(reports) if r.problem), "")
+            if not problem:
+                try:
+                    self._commit(state, reports)
+                except OSError as error:
+                    problem = str(error)
+            if problem:
+                shutil.rmtree(self._temporary(), ignore_errors=True)
+        self._writing = self._state = None
+        if not self._mesh.any(bool(problem)):
+            self._failures, self._failure = 0, ""
+            return ""
+        self._failures += 1
+        self._failure = (
+            f"the checkpoint of step {state.step} could not be saved in {self._run_dir / FOLDER}: "
+            f"{problem or 'rank 0 says why'}; what was saved before is as it was"
+        )
+        if self._failures >= FAILURES_LIMIT:
+            raise OSError(f"{self._failures} saves in a row failed: {self._failure}")
+        return self._failure
+
+    def _commit(self, state: SaveState, reports: Sequence[_Written]) -> None:
+        temporary, final = self._temporary(), step_folder(self._run_dir, state.step)
+        write_durably(temporary / CONFIG, dump_config(self._config).encode())
+        config = FileEntry(bytes=(temporary / CONFIG).stat().st_size, sha256=sha256_of(temporary / CONFIG))
+        files = {CONFIG: config} | {report.file: report.entry for report in reports if report.entry}
+        write_manifest(temporary, manifest_of(state, files, [entry for report in reports for entry in report.tensors]))
+        sync(temporary)
+        if final.exists():  # a run that resumed from before this step comes by again
+            _hide(final)
+        temporary.rename(final)
+        sync(final.parent)
+        replace_text(final.parent / LATEST, final.name + "\n")
+        keep = self._config.checkpoint
+        for old in checkpoints_of(self._run_dir)[: -keep.keep]:
+            if not keep.keep_every or int(old.name.removeprefix("step_")) % keep.keep_every:
+                _hide(old)
+        self._removing = self._thread.submit(_sweep, list(final.parent.glob(".step_*.removed")))
 
 
-def _write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
-    tensors: dict[str, Tensor] = {}
-    entries = []
-    for piece in pieces:
-        key = f"{piece.kind}/{piece.name}"
-        assert key not in tensors, f"{key} twice from one rank"  # the second would replace the first
-        tensors[key] = piece.values.detach().to("cpu", torch.float32).contiguous()
-        part, start, numel = plain_stretch(piece.shape, piece.part, piece.start, piece.values.numel())
-        entries.append((piece.kind, piece.name, list(piece.shape), start, numel, part))
-    if not tensors:
-        return None
-    # safetensors refuses tensors that share memory, as two fragments of one flat partition would.
-    save_file({key: value.clone() for key, value in tensors.items()}, path)
-    _sync(path)
-    return _report(path, entries)
+def _hide(folder: Path) -> None:
+    """Rename at once what takes long to remove: nothing half removed stands under a checkpoint's name."""
+    folder.rename(folder.with_name(f".{folder.name}.removed"))
 
 
-def _report(path: Path, entries: Sequence[tuple] = ()) -> dict[str, Any]:
-    """What the manifest says of a file; `entries`: kind, name, shape, start, numel and part of each piece in it."""
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "entries": entries}
+def _sweep(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next save
 
 
-def _manifest(step: int, optimizer_steps: int, data: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for kind, name, shape, start, numel, part in report["entries"]:
-            tensor = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
-            piece = {"file": report["file"], "key": f"{kind}/{name}", "start": start, "numel": numel, "part": part}
-            tensor["pieces"].append(piece)
-    return {
-        "format": "lumina-checkpoint",
-        "version": VERSION,
-        "step": step,
-        "optimizer_steps": optimizer_steps,
-        "data": data,
-        "tensors": tensors,
-        "files": {r["file"]: {"bytes": r["bytes"], "sha256": r["sha256"]} for r in reports},
-        "software": {package: version(package) for package in _PACKAGES},
-    }
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader, or a kill, finds the old text or the new."""
-    temporary = path.with_name(f".{path.name}.partial")
-    _write_durably(temporary, text)
-    temporary.rename(path)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _write(path: Path, pieces: Sequence[Piece]) -> _Written:
+    if not pieces:
+        return _Written("")
+    keys = [f"{piece.kind}/{piece.name}" for piece in pieces]
+    twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+    assert twice is None, f"{twice} twice from one rank"  # the second would replace the first
+    tensors = {key: (torch.float32, (piece.values.numel(),)) for key, piece in zip(keys, pieces, strict=True)}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with TensorFile(path, tensors, hash_tensors=True) as file:
+            for key, piece in zip(keys, pieces, strict=True):
+                file.write(key, piece.values)
+            entry = file.close()
+    except OSError as error:
+        return _Written(f"{path.name}: {error.strerror or error}")
+    return _Written("", path.name, entry, [_entry_of(piece, path.name, file.hashes) for piece in pieces])
+
+
+def _entry_of(piece: Piece, file: str, hashes: dict[str, str]) -> tuple:
+    part, start, numel = plain_stretch(piece.shape, piece.part, piece.start, piece.values.numel())
+    key = f"{piece.kind}/{piece.name}"
+    described = {"file": file, "key": key, "start": start, "numel": numel, "part": part, "sha256": hashes[key]}
+    return piece.kind, piece.name, list(piece.shape), described
+
+
+def manifest_of(state: SaveState, files: dict[str, FileEntry], entries: Iterable[tuple]) -> Manifest:
+    """`entries`: kind, name, shape and a piece (the fields of PieceEntry) of whatever the files hold."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for kind, name, shape, piece in entries:
+        tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})["pieces"].append(piece)
+    return Manifest(
+        format="lumina-checkpoint",
+        version=VERSION,
+        step=state.step,
+        optimizer_steps=state.optimizer_steps,
+        data=json.loads(json.dumps(state.data)),
+        model=state.model,
+        tensors=tensors,
+        files=files,
+        software={package: version(package) for package in _PACKAGES},
+    )

@@ -1,8 +1,11 @@
-"""Writing one safetensors file tensor by tensor, hashed on the way: what is written never stands in memory whole."""
+"""One safetensors file, written tensor by tensor and hashed on the way, and read by views of the mapped file."""
 
 import hashlib
 import json
+import mmap
 import os
+import warnings
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,31 +27,45 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNK = 1 << 24  # bytes
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_FLUSH = 1 << 28  # bytes
 
 
 class TensorFile:
     """A safetensors file that is being written; a context manager. Tensors come in the order in which they are listed.
 
-    The SHA-256 is of the bytes that were meant, not of what a disk gave back.
+    Hashes are of the bytes that were meant, not of what a disk gave back. Hashing, writing and flushing go on beside
+    each other, so a tensor must stay as it is until the file is closed; few wait at a time.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata=None):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        hash_tensors: bool = False,
+    ):
         """
         Args:
             path: overwritten.
             tensors: dtype and shape of each, by key.
-            metadata: strings by key, for the file's header.
+            metadata: for the file's header.
+            hash_tensors: hash the header and each tensor by itself, in place of the whole file.
 
         Raises:
             OSError: where the file cannot be made.
         """
         self.path, self._tensors = path, dict(tensors)
         self._waiting = list(reversed(self._tensors))
-        self._digest, self._bytes = hashlib.sha256(), 0
-        self._hashed: Future | None = None
+        self._digests = {key: hashlib.sha256() for key in self._tensors} if hash_tensors else {}
+        self._digest, self._bytes, self._unflushed = hashlib.sha256(), 0, 0
         self._file = path.open("wb", buffering=0)
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        # One digest takes its bytes in order.
+        self._hashers = min(4, os.cpu_count() or 1) if hash_tensors else 1
+        self._hash_pool = ThreadPoolExecutor(self._hashers, thread_name_prefix="sha256")
+        self._flush_pool = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._hashing: deque[Future[None]] = deque()
+        self._flushing: Future[None] | None = None
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for key, (dtype, shape) in self._tensors.items():
@@ -57,7 +74,12 @@ class TensorFile:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
-        self._put(memoryview(len(text).to_bytes(8, "little") + text))
+        self._put(memoryview(len(text).to_bytes(8, "little") + text), self._digest)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each tensor's bytes, once the file is closed; of none unless `hash_tensors`."""
+        return {key: digest.hexdigest() for key, digest in self._digests.items()}
 
     def write(self, key: str, values: Tensor) -> None:
         """The next tensor, of any device and dtype, flat or shaped; it is stored as it was listed.
@@ -69,15 +91,19 @@ class TensorFile:
         dtype, shape = self._tensors[key]
         assert key == expected, (key, expected)
         assert values.numel() == torch.Size(shape).numel(), (key, values.shape, shape)
-        flat = values.detach().to("cpu", dtype).contiguous().view(-1)
+        flat = values.detach().to("cpu", dtype).contiguous()
         if flat.numel():
-            self._put(memoryview(flat.view(torch.uint8).numpy()))
+            flat = flat.as_strided((flat.numel(),), (1,))  # one element is contiguous whatever its stride says
+            self._put(memoryview(flat.view(torch.uint8).numpy()), self._digests.get(key, self._digest))
 
     def close(self) -> FileEntry:
         """Flush to the disk; what a manifest says of the file."""
         assert not self._waiting, f"{self.path} lacks {self._waiting[-1]}"
-        self._settle()
+        if self._flushing is not None:
+            self._flushing.result()
         os.fsync(self._file.fileno())
+        while self._hashing:
+            self._hashing.popleft().result()
         self._end()
         return FileEntry(bytes=self._bytes, sha256=self._digest.hexdigest())
 
@@ -87,22 +113,73 @@ class TensorFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def _put(self, data: memoryview) -> None:
-        for start in range(0, len(data), _CHUNK):
-            chunk = data[start : start + _CHUNK]
-            self._settle()
-            self._hashed = self._hasher.submit(self._digest.update, chunk)  # beside the write of the same bytes
-            self._bytes += len(chunk)
-            while chunk:
-                chunk = chunk[self._file.write(chunk) :]
-        # The caller may change the tensor once it is written.
-        self._settle()
-
-    def _settle(self) -> None:
-        if self._hashed is not None:
-            self._hashed.result()
-            self._hashed = None
+    def _put(self, data: memoryview, digest: "hashlib._Hash") -> None:
+        if len(self._hashing) >= self._hashers:
+            self._hashing.popleft().result()
+        self._hashing.append(self._hash_pool.submit(digest.update, data))
+        self._bytes += len(data)
+        self._unflushed += len(data)
+        while data:
+            data = data[self._file.write(data) :]
+        if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()  # raises what went wrong
+            self._flushing, self._unflushed = self._flush_pool.submit(os.fdatasync, self._file.fileno()), 0
 
     def _end(self) -> None:
-        self._hasher.shutdown()
+        self._hash_pool.shutdown()
+        self._flush_pool.shutdown()
         self._file.close()
+
+
+class StoredTensors:
+    """A safetensors file that is mapped, not read: what is looked at comes from the disk then."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            ValueError: for a file that is no whole safetensors file.
+            OSError: where it cannot be opened.
+        """
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size < 8:
+                raise ValueError(f"{path} is damaged: {size} bytes are no safetensors file")
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._start = 8 + int.from_bytes(self._bytes[:8], "little")
+        try:
+            if self._start > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(self._bytes[8 : self._start])
+            header.pop("__metadata__", None)
+            self._places = {key: (_DTYPES[of["dtype"]], *of["data_offsets"]) for key, of in header.items()}
+            if any(not 0 <= start <= end <= size - self._start for _, start, end in self._places.values()):
+                raise ValueError("it ends before its tensors do")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: its header does not read as safetensors ({error})") from error
+
+    @property
+    def header(self) -> bytes:
+        """All before the tensors."""
+        return self._bytes[: self._start]
+
+    def flat(self, key: str) -> Tensor | None:
+        """A tensor's elements, a view of the file that cannot be written to; None for a key that it lacks."""
+        if key not in self._places:
+            return None
+        dtype, start, end = self._places[key]
+        if start == end:
+            return torch.empty(0, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(
+                self._bytes, dtype=dtype, count=(end - start) // dtype.itemsize, offset=self._start + start
+            )
+
+    def sha256(self, key: str) -> str | None:
+        """Of a tensor's bytes; None for a key that the file lacks."""
+        if key not in self._places:
+            return None
+        _, start, end = self._places[key]
+        with memoryview(self._bytes) as data:
+            return hashlib.sha256(data[self._start + start : self._start + end]).hexdigest()

@@ -164,7 +164,10 @@ class CheckpointConfig(Section):
 
     every: int = Field(1000, ge=1, description="steps between saves; the last step is always saved")
     keep: int = Field(3, ge=1, description="the newest so many stay")
-    asynchronous: bool = Field(False, alias="async")
+    keep_every: int | None = Field(None, ge=1, description="those of steps that it divides stay as well")
+    asynchronous: bool = Field(
+        False, alias="async", description="training goes on while a copy, in host memory, is written"
+    )
 
 
 class PreviewConfig(Section):

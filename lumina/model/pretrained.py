@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,18 +95,27 @@ def build(config: FlagDiTConfig, state: dict[str, Tensor], source: str) -> "Flag
         warnings.warn(f"{source} has no nextframe_token: it is initialised, and needs training", stacklevel=3)
         dtype = state["eol_token"].dtype if "eol_token" in state else torch.float32
         state["nextframe_token"] = torch.randn(config.dim, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.02
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
+    check_fit(expected, {key: tuple(value.shape) for key, value in state.items()}, source)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Hold the shapes of tensors found in `source` against those of a model.
+
+    Raises:
+        ValueError: for missing or unexpected keys or other shapes, listing them.
+    """
+    problems = [f"missing {key}" for key in expected if key not in found]
+    problems += [f"unexpected {key}" for key in found if key not in expected]
     problems += [
-        f"{key} is {tuple(value.shape)} instead of {expected[key]}"
-        for key, value in state.items()
-        if key in expected and tuple(value.shape) != expected[key]
+        f"{key} is {shape} instead of {expected[key]}"
+        for key, shape in found.items()
+        if key in expected and shape != expected[key]
     ]
     if problems:
         shown = "; ".join(problems[:8]) + ("" if len(problems) <= 8 else f"; and {len(problems) - 8} more")
         raise ValueError(f"{source} does not fit the model: {shown}")
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
 
 
 def _read_safetensors(directory: Path) -> dict[str, Tensor]:

@@ -179,16 +179,28 @@ class Engine:
         return {name: fragment.view_in(state[name].view(-1)) for name in ("exp_avg", "exp_avg_sq")}
 
     def restore(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
-        """Put masters and moments in place: `read(kind, fragment)` gives the flat values, fp32.
-
-        The model was built with the same weights, so the working copies agree with the masters already.
-        """
+        """Put masters and moments in place: `read(kind, fragment)` gives the flat values, fp32."""
         for fragment in self.fragments:
             fragment.master.copy_(read("master", fragment))
             for name, values in self.moments(fragment).items():
                 values.copy_(read(name, fragment))
         for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(optimizer_steps))
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Make the working copies of the weights, on all ranks, from the masters."""
+        optimizer = self._engine.optimizer
+        stage = self._engine.zero_optimization_stage()
+        if stage in (1, 2):
+            optimizer.update_lp_params()
+        elif stage == 3:
+            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            if kept := optimizer.persistent_parameters:  # small ones, which stay gathered
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
 
     def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
         state = self._optimizer.state[flat]

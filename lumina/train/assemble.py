@@ -54,8 +54,6 @@ def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh, lanes: int | None
     Raises:
         ValueError: for whatever in `config` does not fit: sizes, encoders, data, layout.
     """
-    if config.checkpoint.asynchronous:
-        raise ValueError("checkpoint.async=true: in this version training waits for a save; set checkpoint.async=false")
     if config.log.wandb_project is not None and find_spec("wandb") is None:
         raise ValueError(
             "log.wandb_project is set but wandb is not installed; run `pip install 'lumina-t2x[wandb]'` or unset it"

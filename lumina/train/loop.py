@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
+from lumina.checkpoint.load import Checkpoint, model_config, newest_whole_checkpoint
 from lumina.checkpoint.manifest import EMA as EMA_WEIGHTS
-from lumina.checkpoint.manifest import WEIGHTS
-from lumina.checkpoint.save import Piece, replace_text, save_checkpoint
+from lumina.checkpoint.manifest import WEIGHTS, replace_text
+from lumina.checkpoint.save import Piece, Saver, SaveState
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
 from lumina.data.loader import Loader
@@ -21,7 +21,7 @@ from lumina.data.plan import DataState
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import forward_flops
-from lumina.model.pretrained import build
+from lumina.model.pretrained import check_fit
 from lumina.parallel.engine import Engine
 from lumina.parallel.layout import check_layout, describe
 from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, open_mesh
@@ -53,6 +53,7 @@ def train(config: Config) -> None:
             try:
                 trainer.run()
             finally:
+                trainer.saver.close()
                 trainer.engine.close()
     finally:
         close_mesh(mesh)
@@ -84,7 +85,7 @@ class Trainer:
     def __init__(self, config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals):
         self.config, self.mesh, self.signals = config, mesh, signals
         self.run_dir = Path(config.run.dir)
-        checkpoint = latest_checkpoint(self.run_dir)
+        checkpoint, self._passed_over = newest_whole_checkpoint(self.run_dir, mesh)
         if checkpoint is not None:
             _check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
@@ -121,6 +122,7 @@ class Trainer:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in initial.named_parameters()}
         self.engine = Engine(initial, config, mesh, self.parts.accumulation_steps)
         self.ema = EMA(self.engine.fragments, config.train.ema_decay)
+        self.saver = Saver(self.run_dir, config, mesh)
         if checkpoint is not None:
             self.engine.restore(
                 lambda kind, f: checkpoint.read(kind, f.name, f.start, f.numel, f.part),
@@ -130,7 +132,7 @@ class Trainer:
 
     def _initial_model(self, checkpoint: Checkpoint | None) -> FlagDiT:
         if checkpoint is not None:
-            return build(self.parts.model, checkpoint.state_dict(WEIGHTS), str(checkpoint.directory))
+            return _unfilled_model(self.parts.model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
             return FlagDiT(self.parts.model)
@@ -155,13 +157,15 @@ class Trainer:
             f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision} · "
             f"attention: {self.engine.attention_backend}"
         )
+        for problem in self._passed_over:
+            metrics.say(f"a checkpoint is passed over: {problem}")
         if self.step >= self.config.train.steps:
             metrics.say(f"{self.run_dir} is at step {self.step} of {self.config.train.steps}: nothing to do")
         elif self.step:
             metrics.say(f"resuming {self.run_dir} after step {self.step}")
 
     def _train(self, metrics: Metrics) -> None:
-        config, skipped_in_a_row = self.config, 0
+        config, skipped_in_a_row, save_seconds = self.config, 0, 0.0
         steps = iter(self.feed)
         while self.step < config.train.steps:
             self.step += 1
@@ -183,7 +187,8 @@ class Trainer:
             flops = sum(self._flops(pack) for pack in packs)
             # What is said of whole packs is said once for all ranks that work on them.
             of_packs = [tokens, flops, data.bad] if self.mesh.leads_replica else [0, 0, 0]
-            loss, stop, tokens, flops, bad = self.mesh.sum([result.loss_share, self.signals.asked, *of_packs])
+            mine = [result.loss_share, self.signals.asked, self.saver.ready, *of_packs]
+            loss, stop, savers_ready, tokens, flops, bad = self.mesh.sum(mine)
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
             peak = peak_tflops(config, self.mesh.device)
@@ -202,6 +207,7 @@ class Trainer:
                     skipped=result.outcome.skipped,
                     epoch=data.epoch,
                     data_seconds=data_seconds,
+                    save_seconds=save_seconds,
                     bad_samples=int(bad),
                 )
             )
@@ -211,9 +217,13 @@ class Trainer:
                     f"{skipped_in_a_row} steps in a row (to step {self.step}) had a loss or gradients that are not "
                     "finite and were skipped; lower train.learning_rate or look at the data, then resume"
                 )
+            saving = time.perf_counter()
+            if problem := self.saver.advance(savers_ready == self.mesh.world.size):
+                metrics.say(problem)
             last = self.step == config.train.steps
             if stop or last or self.step % config.checkpoint.every == 0:
-                self._save(data.state_after)
+                self._save(data.state_after, metrics, wait=bool(stop) or last)
+            save_seconds = time.perf_counter() - saving
             if config.preview.every and (last or self.step % config.preview.every == 0):
                 self._preview(metrics)
             if last and skipped_in_a_row:
@@ -226,17 +236,18 @@ class Trainer:
         captions = pack.captions.lengths if pack.captions is not None else ()
         return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions)
 
-    def _save(self, data: DataState | None) -> None:
+    def _save(self, data: DataState | None, metrics: Metrics, wait: bool) -> None:
         """`data` is known to the leaders of replicas, of which the first rank is one."""
-        save_checkpoint(
-            self.run_dir,
+        state = SaveState(
             self.step,
-            self._pieces(),
-            config=self.config,
-            optimizer_steps=self.engine.optimizer_steps,
+            self.engine.optimizer_steps,
             data={} if data is None else data.to_dict(),
-            mesh=self.mesh,
+            model=self.parts.model.to_dict(),
         )
+        if problem := self.saver.start(state, self._pieces()):
+            metrics.say(problem)
+        if wait:
+            self.saver.finish()
 
     def _pieces(self) -> Iterator[Piece]:
         """What this rank writes; of what several ranks hold, one writes it."""
@@ -273,6 +284,20 @@ class Trainer:
             self.mesh.sum_to_first(whole)
             weights[name] = whole
         return weights if self.mesh.is_first else None
+
+
+def _unfilled_model(config: FlagDiTConfig, checkpoint: Checkpoint) -> FlagDiT:
+    """A model for the engine to cut; what is trained is read after that, by each rank its own part."""
+    with torch.device("meta"):
+        model = FlagDiT(config)
+    saved = {name: checkpoint.shape(WEIGHTS, name) for name in checkpoint.names(WEIGHTS)}
+    check_fit({name: tuple(p.shape) for name, p in model.named_parameters()}, saved, str(checkpoint.directory))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(checkpoint.read(WEIGHTS, name).view_as(parameter))
+    return model
 
 
 def _lanes_of(config: Config, state: DataState | None) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lumina.checkpoint.save import replace_text
+from lumina.checkpoint.manifest import replace_text
 from lumina.config.schema import Config
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
@@ -44,6 +44,7 @@ class StepMetrics:
     skipped: bool
     epoch: int
     data_seconds: float
+    save_seconds: float  # for which saving held training up since the line before
     bad_samples: int
 
 

@@ -115,7 +115,6 @@ REFUSED = {
     "a device without data": ("sample MODEL --out DIR/new --prompt two --device meta", "--device meta cannot be used"),
     "an infinite rate": ("train CONFIG train.learning_rate=.inf", "train.learning_rate: input should be a finite"),
     "no wandb": ("train CONFIG log.wandb_project=lumina", "pip install 'lumina-t2x[wandb]'"),
-    "asynchronous saves": ("train CONFIG checkpoint.async=true", "checkpoint.async=true"),
     "labels beyond the classes": (
         "train CONFIG text=null model.cap_feat_dim=null model.num_classes=5",
         "has no label from 0 to 4",
