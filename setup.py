@@ -56,6 +56,7 @@ setup(
         "wandb": ["wandb>=0.18"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "beartype>=0.19",
             "hypothesis>=6.100",
             "ruff>=0.9",

@@ -149,7 +149,7 @@ def test_wrong_json_lines(tmp_path: Path) -> None:
         ("t.json", b"[", "does not parse as JSON"),
         ("t.xlsx", b"", "t.xlsx is no .csv, .tsv, .json, .jsonl nor one of these with .gz"),
         ("t.csv.gz", b"no gzip", "t.csv.gz cannot be read"),
-        ("t.csv.gz", gzip.compress(b"class,file,text\n" * 9)[:-9], "t.csv.gz cannot be read"),
+        ("t.csv.gz", gzip.compress(b"class,file,text\n" * 9, mtime=0)[:-9], "t.csv.gz cannot be read"),
         ("t.csv", b"class,file,text\n", "there are no samples to write"),
     ],
 )

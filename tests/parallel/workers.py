@@ -29,22 +29,19 @@ def free_port() -> int:
             return port
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300, start: str = "forkserver"
+) -> list[Any]:
     """`function(rank, *arguments)` on `world` processes; what each returned, by rank.
+
+    Ranks are forked from a process that has imported what they need and done nothing else; `start="spawn"` makes new
+    ones, which see this process's environment.
 
     Raises:
         AssertionError: with the first traceback, where any rank failed; or where they have not all answered after
             `timeout` seconds: each then says on stderr where it stands.
     """
-    port = free_port()
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(queue, rank, world, port, timeout, function, arguments))
-        for rank in range(world)
-    ]
-    for process in ranks:
-        process.start()
+    ranks, queue = start_ranks(world, function, *arguments, port=free_port(), timeout=timeout, start=start)
     results: dict[int, Any] = {}
     failures = []
     deadline = time.monotonic() + timeout + 10
@@ -60,6 +57,23 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
         process.join(timeout)
     assert not failures, failures[0]
     return [results[rank] for rank in range(world)]
+
+
+def start_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, port: int, timeout: float, start: str = "forkserver"
+) -> tuple[list, Any]:
+    """The processes of `run_ranks`, running, and the queue of (rank, result, failure) to which they answer."""
+    context = mp.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["tests.parallel.preload"])
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(queue, rank, world, port, timeout, function, arguments))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks, queue
 
 
 def _next_answer(queue, ranks, results, deadline) -> tuple[int, Any, str | None]:
