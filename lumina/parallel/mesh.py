@@ -106,7 +106,7 @@ class Mesh:
         """Whether this process is the one that logs and writes what all ranks share."""
         return self.world.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float | int]) -> list[float]:
         """Elementwise sum over all processes, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)

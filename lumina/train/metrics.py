@@ -1,11 +1,15 @@
 """Where the numbers of a run go: RUN/metrics.jsonl, the progress line, TensorBoard, Weights & Biases."""
 
+import errno
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -13,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lumina.checkpoint.manifest import replace_text
 from lumina.config.schema import Config
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
 PEAK_TFLOPS = {
@@ -73,7 +80,8 @@ class Metrics:
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < first_step]
             replace_text(self._path, "".join(f"{line}\n" for line in kept))
-        self._file = self._path.open("a")
+        self._file = self._path.open("ab", buffering=0)
+        self._bytes, self._waiting = self._path.stat().st_size, []
         self._writer = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -103,8 +111,10 @@ class Metrics:
             return
         self._progress.stop()
         self._file.close()
+        if self._waiting:
+            self.say(f"{len(self._waiting)} lines of {self._path} could not be written and are lost")
         if self._writer:
-            self._writer.close()
+            self._to_tensorboard(lambda writer: writer.close())
         if self._wandb:
             self._wandb.finish(exit_code=int(kind is not None))
 
@@ -118,15 +128,37 @@ class Metrics:
         if not self._enabled:
             return
         values = asdict(metrics)
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(values, allow_nan=False) + "\n")
         numbers = {k: float(v) for k, v in values.items() if v is not None and k != "step"}
-        if self._writer:
-            for name, number in numbers.items():
-                self._writer.add_scalar(name, number, metrics.step)
+        for name, number in numbers.items():
+            self._to_tensorboard(lambda writer, name=name, number=number: writer.add_scalar(name, number, metrics.step))
         if self._wandb:
             self._wandb.log(numbers, step=metrics.step)
         self._show(metrics)
+
+    def _append(self, line: str) -> None:
+        """To metrics.jsonl; lines that the disk does not take wait until it does: no reason to stop training."""
+        self._waiting.append(line)
+        text = "".join(self._waiting).encode()
+        try:
+            if self._file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(self._bytes)  # whole lines alone
+            if len(self._waiting) == 1:
+                self.say(f"{self._path} cannot be written ({error.strerror}): its lines wait until it can")
+            return
+        self._bytes += len(text)
+        self._waiting.clear()
+
+    def _to_tensorboard(self, work: Callable[["SummaryWriter"], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            work(self._writer)
+        except OSError as error:  # its thread has met it since the last call
+            self.say(f"TensorBoard's file cannot be written ({error.strerror}): it gets no more of this run")
+            self._writer = None
 
     def picture(self, path: Path, step: int) -> None:
         """Show a preview that was written to `path`."""
@@ -136,8 +168,7 @@ class Metrics:
         from PIL import Image
 
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        if self._writer:
-            self._writer.add_image("preview", pixels, step, dataformats="HWC")
+        self._to_tensorboard(lambda writer: writer.add_image("preview", pixels, step, dataformats="HWC"))
         if self._wandb:
             import wandb
 
