@@ -79,30 +79,61 @@ def test_bf16_keeps_fp32_masters(one_process, digits, tmp_path):
         assert not torch.equal(master, master.bfloat16().float())
 
 
+# Data parallel 4 → 2 → 1 → 4, every axis on and off, every ZeRO stage, offload, asynchronous saves.
+MOVES = [
+    (4, {"zero_stage": 1}),
+    (2, {"zero_stage": 3}),
+    (1, {"zero_stage": 0}),
+    (4, {"zero_stage": 2, "offload_optimizer": True}),
+    (4, {"tensor": 2, "zero_stage": 3}),
+    (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1}),
+    (2, {"ring": 2, "zero_stage": 2}),
+    (4, {"pipeline": 2, "ring": 2, "zero_stage": 0}),
+    (2, {"tensor": 2, "sequence": True, "zero_stage": 0}),
+    (4, {"ulysses": 2, "zero_stage": 3, "offload_optimizer": True}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layouts",
-    [
-        [(2, {"zero_stage": 3}), (1, {"zero_stage": 0}), (4, {"zero_stage": 2}), (2, {"zero_stage": 1})],
-        [
-            (4, {"tensor": 2, "zero_stage": 3}),
-            (4, {"pipeline": 2, "ring": 2, "zero_stage": 1}),
-            (2, {"tensor": 2, "sequence": True, "zero_stage": 0}),
-            (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1}),
-        ],
-    ],
-    ids=["zero", "axes"],
-)
-def test_a_run_goes_on_under_another_layout(one_process, digits, tmp_path, layouts):
-    """Four steps, each under another layout."""
-    run_dir = tmp_path / "run"
-    for steps, (world, parallel) in enumerate(layouts, 1):
-        train_on(world, tiny_config(run_dir, digits, parallel=parallel, train__steps=steps))
-    expected_metrics, expected = one_process
-    found = metrics_of(run_dir)
-    assert [line["step"] for line in found] == [1, 2, 3, 4]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected_metrics], rel=1e-6)
-    assert_equal_tensors(tensors_of(run_dir), expected)
+def test_a_run_goes_on_under_another_layout(digits, tmp_path):
+    """A step under each layout. What the next layout has read, written again, is to the bit what was saved."""
+    run_dir, whole = tmp_path / "run", tmp_path / "whole"
+    train_on(1, tiny_config(whole, digits, parallel__zero_stage=0, train__steps=len(MOVES)))
+    for steps, (world, parallel) in enumerate(MOVES, 1):
+        tree = tiny_config(run_dir, digits, parallel=parallel, train__steps=steps, checkpoint__async=steps % 2 == 0)
+        tree["checkpoint"]["keep"] = 100
+        run_ranks(world, _write_again_and_train, tree, tmp_path / f"again{steps}")
+        if steps > 1:
+            saved, again = run_dir / "checkpoints" / f"step_{steps - 1:08d}", tmp_path / f"again{steps}"
+            before, after = checkpoint_tensors(saved), tensors_of(again)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(after[name], value) for name, value in before.items()), (world, parallel)
+    found, expected = metrics_of(run_dir), metrics_of(whole)
+    assert [line["step"] for line in found] == list(range(1, len(MOVES) + 1))
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    assert_equal_tensors(tensors_of(run_dir), tensors_of(whole))
+
+
+def checkpoint_tensors(folder):
+    from lumina.checkpoint.load import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    return {f"{kind}/{n}": v for kind in checkpoint.manifest.tensors for n, v in checkpoint.state_dict(kind).items()}
+
+
+def _write_again_and_train(rank: int, tree: dict, again) -> None:
+    from lumina.train import loop
+
+    class WritesAgain(loop.Trainer):
+        def run(self):
+            if self.step:
+                run_dir, self.saver._run_dir = self.saver._run_dir, again
+                self._save(None, None, wait=True)
+                self.saver._run_dir = run_dir
+            super().run()
+
+    loop.Trainer = WritesAgain
+    train_tree(rank, tree)
 
 
 @pytest.mark.slow
