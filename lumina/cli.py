@@ -154,6 +154,25 @@ def _parser() -> argparse.ArgumentParser:
     loader.add_argument("--dir", help="keep what is made here, or use what is (default: a temporary folder)")
     loader.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
     loader.set_defaults(run=_benchmark_loader)
+    checkpoint = subjects.add_parser(
+        "checkpoint",
+        help="saving, loading and converting, beside cp and torch.save",
+        description="Time saves and loads of a model's state, hashes included, and its conversion, beside cp with "
+        "fsync, torch.save and torch.load of the same bytes, with the memory that each takes.",
+        example="lumina benchmark checkpoint --model 3b --state weights --dtype bf16 --dir /scratch",
+    )
+    checkpoint.add_argument("--model", default="600m", metavar="SIZE", help="600m (default), 3b or 7b")
+    checkpoint.add_argument(
+        "--state",
+        choices=("training", "weights"),
+        default="training",
+        help="weights, EMA, moments (default)",
+    )
+    checkpoint.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default fp32)")
+    checkpoint.add_argument("--repeats", type=int, default=3, metavar="N", help="(default 3)")
+    checkpoint.add_argument("--dir", help="where to write (default: the system's folder for temporary files)")
+    checkpoint.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    checkpoint.set_defaults(run=_benchmark_checkpoint)
     for parser_of in (fused, attention):
         tokens = parser_of.get_default("default_tokens")
         parser_of.add_argument("--tokens", nargs="+", type=int, metavar="T", help=f"(default {tokens})")
@@ -203,6 +222,12 @@ def _benchmark_loader(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.loader import benchmark_loader
 
     benchmark_loader(arguments)
+
+
+def _benchmark_checkpoint(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.checkpoint import benchmark_checkpoint
+
+    benchmark_checkpoint(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,12 @@
 """Loading: any stretch of any part of a tensor, whoever wrote it; files are checked before they are used."""
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +43,7 @@ class Checkpoint:
         self.manifest = read_manifest(directory)
         self._checked: set[str | tuple[str, str]] = set()  # files, pieces
         self._files: dict[str, StoredTensors] = {}
+        self._opening = Lock()
 
     @property
     def config(self) -> Config:
@@ -108,8 +112,9 @@ class Checkpoint:
         try:
             for name in list(self.manifest.files)[rank::world]:
                 self._check(name)
-            for piece in pieces[rank::world]:
-                self._stored(piece)
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
+                for _ in pool.map(self._stored, pieces[rank::world]):
+                    pass
         except ValueError as error:
             return str(error)
         return ""
@@ -125,12 +130,13 @@ class Checkpoint:
         return values
 
     def _open(self, name: str) -> StoredTensors:
-        self._check(name)
-        if name not in self._files:
-            if len(self._files) >= _OPEN_FILES:
-                del self._files[next(iter(self._files))]
-            self._files[name] = StoredTensors(self.directory / name)
-        return self._files[name]
+        with self._opening:
+            self._check(name)
+            if name not in self._files:
+                if len(self._files) >= _OPEN_FILES:
+                    del self._files[next(iter(self._files))]
+                self._files[name] = StoredTensors(self.directory / name)
+            return self._files[name]
 
     def _check(self, name: str) -> Path:
         """The path of a file of the size that was saved, and with its hash, which may be of the header alone."""

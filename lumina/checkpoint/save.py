@@ -156,7 +156,7 @@ class Saver:
         for number, piece in enumerate(pieces):
             if number == len(self._copies):
                 pinned = piece.values.device.type == "cuda"
-                self._copies.append(torch.empty(piece.values.numel(), dtype=torch.float32, pin_memory=pinned))
+                self._copies.append(torch.empty(piece.values.numel(), dtype=piece.values.dtype, pin_memory=pinned))
             on_device |= piece.values.device.type == "cuda"
             self._copies[number].copy_(piece.values.detach().view(-1), non_blocking=True)
             yield replace(piece, values=self._copies[number])
@@ -227,7 +227,7 @@ def _write(path: Path, pieces: Sequence[Piece]) -> _Written:
     keys = [f"{piece.kind}/{piece.name}" for piece in pieces]
     twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
     assert twice is None, f"{twice} twice from one rank"  # the second would replace the first
-    tensors = {key: (torch.float32, (piece.values.numel(),)) for key, piece in zip(keys, pieces, strict=True)}
+    tensors = {key: (p.values.dtype, (p.values.numel(),)) for key, p in zip(keys, pieces, strict=True)}
     try:
         with TensorFile(path, tensors, hash_tensors=True) as file:
             for key, piece in zip(keys, pieces, strict=True):
