@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -66,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
+    train.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="with train.init_from: tensors that may be missing, left over or of other shapes, as 'cap_embedder.*'",
+    )
     train.set_defaults(run=_train)
 
     sample = verbs.add_parser(
@@ -194,7 +202,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> None:
     from lumina.config.load import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    allowed = [f"train.allow_missing={json.dumps(arguments.allow_missing)}"] if arguments.allow_missing else []
+    config = load_config(arguments.config, [*arguments.overrides, *allowed])
     from lumina.train.loop import train
 
     train(config)

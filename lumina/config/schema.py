@@ -129,6 +129,14 @@ class TrainConfig(Section):
     clip_norm: float = Field(2.0, gt=0, description="largest global gradient norm")
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     skipped_steps_limit: int = Field(3, ge=1, description="so many non-finite steps in a row stop the run")
+    init_from: str | None = Field(
+        None, description="a new run starts from the weights of this run, checkpoint or model"
+    )
+    init_weights: Literal["model", "ema"] = Field("model", description="which of its weights, where it has both")
+    init_ema: bool = Field(False, description="the average goes on from its average, not from the weights")
+    allow_missing: list[str] = Field(
+        default_factory=list, description="patterns of tensors that may be missing, left over, or of other shapes"
+    )
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -141,6 +149,12 @@ class TrainConfig(Section):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"both must lie in [0, 1), not {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _of_init_from(self) -> "TrainConfig":
+        if self.init_from is None and (self.init_weights != "model" or self.init_ema or self.allow_missing):
+            raise ValueError("init_weights, init_ema and allow_missing say how to start from train.init_from; set it")
+        return self
 
 
 class ParallelConfig(Section):

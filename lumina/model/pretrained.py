@@ -100,22 +100,31 @@ def build(config: FlagDiTConfig, state: dict[str, Tensor], source: str) -> "Flag
     return model
 
 
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What is wrong with each tensor, by name, where a model's shapes are not those that are found."""
+    problems = {key: f"missing {key}" for key in expected if key not in found}
+    problems |= {key: f"unexpected {key}" for key in found if key not in expected}
+    return problems | {
+        key: f"{key} is {shape} instead of {expected[key]}"
+        for key, shape in found.items()
+        if key in expected and shape != expected[key]
+    }
+
+
 def check_fit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Hold the shapes of tensors found in `source` against those of a model.
 
     Raises:
         ValueError: for missing or unexpected keys or other shapes, listing them.
     """
-    problems = [f"missing {key}" for key in expected if key not in found]
-    problems += [f"unexpected {key}" for key in found if key not in expected]
-    problems += [
-        f"{key} is {shape} instead of {expected[key]}"
-        for key, shape in found.items()
-        if key in expected and shape != expected[key]
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + ("" if len(problems) <= 8 else f"; and {len(problems) - 8} more")
-        raise ValueError(f"{source} does not fit the model: {shown}")
+    if problems := misfits(expected, found):
+        raise ValueError(f"{source} does not fit the model: {listed(problems)}")
+
+
+def listed(problems: Mapping[str, str]) -> str:
+    """In one line, the first of many."""
+    shown = list(problems.values())
+    return "; ".join(shown[:8]) + ("" if len(shown) <= 8 else f"; and {len(shown) - 8} more")
 
 
 def _read_safetensors(directory: Path) -> dict[str, Tensor]:

@@ -53,6 +53,11 @@ class Fragment:
         """The fp32 values, a view: writing to it changes the optimizer's copy."""
         return self.view_in(self.flat.detach().view(-1))
 
+    def cut(self, whole: Tensor) -> Tensor:
+        """The fragment's flat values in the whole parameter."""
+        held = whole if self.part is None else whole.narrow(self.part.dim, self.part.start, self._held)
+        return held.reshape(-1)[self.start : self.start + self.numel]
+
     def place_in(self, whole: Tensor, values: Tensor) -> None:
         """Write the fragment's flat values to where they belong in the whole parameter."""
         held = whole if self.part is None else whole.narrow(self.part.dim, self.part.start, self._held)

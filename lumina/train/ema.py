@@ -25,7 +25,8 @@ class EMA:
         if self.values:
             torch._foreach_lerp_(self.values, [f.master for f in self.fragments], 1 - self.decay_at(step))
 
-    def restore(self, read: Callable[[Fragment], Tensor]) -> None:
-        """Take the flat values that `read` gives for each fragment."""
+    def restore(self, read: Callable[[Fragment], Tensor | None]) -> None:
+        """Take the flat values that `read` gives for each fragment; the weights, where it gives none."""
         for fragment, value in zip(self.fragments, self.values, strict=True):
-            value.copy_(read(fragment))
+            found = read(fragment)
+            value.copy_(fragment.master if found is None else found)

@@ -29,6 +29,7 @@ from lumina.parallel.randomness import Randomness
 from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.feed import Feed
+from lumina.train.initial import Start
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
 from lumina.train.preview import check_preview, draw_preview
@@ -85,7 +86,8 @@ class Trainer:
     def __init__(self, config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals):
         self.config, self.mesh, self.signals = config, mesh, signals
         self.run_dir = Path(config.run.dir)
-        checkpoint, self._passed_over = newest_whole_checkpoint(self.run_dir, mesh)
+        checkpoint, damaged = newest_whole_checkpoint(self.run_dir, mesh)
+        self._notes = [f"a checkpoint is passed over: {problem}" for problem in damaged]
         if checkpoint is not None:
             _check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
@@ -118,11 +120,13 @@ class Trainer:
             mesh,
         )
         self.feed = Feed(self.loader, preparer, mesh, config.train.packs_per_forward)
-        initial = self._initial_model(checkpoint)
+        initial, start = self._initial_model(checkpoint)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in initial.named_parameters()}
         self.engine = Engine(initial, config, mesh, self.parts.accumulation_steps)
         self.ema = EMA(self.engine.fragments, config.train.ema_decay)
         self.saver = Saver(self.run_dir, config, mesh)
+        if start is not None:
+            self.ema.restore(start.average)
         if checkpoint is not None:
             self.engine.restore(
                 lambda kind, f: checkpoint.read(kind, f.name, f.start, f.numel, f.part),
@@ -130,12 +134,17 @@ class Trainer:
             )
             self.ema.restore(lambda f: checkpoint.read(EMA_WEIGHTS, f.name, f.start, f.numel, f.part))
 
-    def _initial_model(self, checkpoint: Checkpoint | None) -> FlagDiT:
+    def _initial_model(self, checkpoint: Checkpoint | None) -> tuple[FlagDiT, Start | None]:
         if checkpoint is not None:
-            return _unfilled_model(self.parts.model, checkpoint)
+            return _unfilled_model(self.parts.model, checkpoint), None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
-            return FlagDiT(self.parts.model)
+            model = FlagDiT(self.parts.model)
+        if self.config.train.init_from is None:
+            return model, None
+        start = Start(self.config.train, model)
+        self._notes += start.said
+        return model, start
 
     def run(self) -> None:
         """From the present step to the last."""
@@ -157,8 +166,8 @@ class Trainer:
             f"ZeRO {self.config.parallel.zero_stage}, {self.config.precision} · "
             f"attention: {self.engine.attention_backend}"
         )
-        for problem in self._passed_over:
-            metrics.say(f"a checkpoint is passed over: {problem}")
+        for note in self._notes:
+            metrics.say(note)
         if self.step >= self.config.train.steps:
             metrics.say(f"{self.run_dir} is at step {self.step} of {self.config.train.steps}: nothing to do")
         elif self.step:

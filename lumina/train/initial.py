@@ -1,0 +1,81 @@
+"""What a run starts from: weights that are drawn, or those of another model."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lumina.checkpoint.manifest import EMA, WEIGHTS
+from lumina.checkpoint.sources import open_source
+from lumina.config.schema import TrainConfig
+from lumina.model.flag_dit import FlagDiT
+from lumina.model.pretrained import listed, misfits
+from lumina.parallel.fragments import Fragment
+
+
+class Start:
+    """The model at `train.init_from`, opened: laid over one that was drawn, and the average that goes on from it."""
+
+    def __init__(self, train: TrainConfig, model: FlagDiT):
+        """
+        Args:
+            train: with `init_from`.
+            model: drawn; its weights become those of the other model, where it has them.
+
+        Raises:
+            ValueError: for a folder that holds no model, what is asked for and not there, and whatever does not fit
+                and is not allowed to be missing.
+        """
+        source = open_source(Path(train.init_from), model.config)
+        self._source, self._carry_ema = source, train.init_ema
+        kind = {"model": WEIGHTS, "ema": EMA}[train.init_weights]
+        if kind not in source.tensors and len({WEIGHTS, EMA} & source.tensors.keys()) == 1:
+            kind = next(iter({WEIGHTS, EMA} & source.tensors.keys()))  # a folder of one kind of weights
+        for wanted, key in ((kind, "init_weights"), *([(EMA, "init_ema")] if train.init_ema else [])):
+            if wanted not in source.tensors:
+                raise ValueError(f"train.{key} asks for the {wanted} weights of {train.init_from}, which has none")
+        for field in ("n_heads", "patch_size", "norm_eps", "qk_norm"):  # which shapes may not tell
+            if (theirs := getattr(source.model, field)) != (ours := getattr(model.config, field)):
+                raise ValueError(f"model.{field} is {ours}, and {theirs} in train.init_from={train.init_from}")
+        found = {name: stored.shape for name, stored in source.tensors[kind].items()}
+        drawn, left = _allowed(model, found, train.allow_missing, train.init_from)
+        self._taken = [name for name, _ in model.named_parameters() if name not in drawn]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name not in drawn:
+                    parameter.copy_(source.read(kind, name))
+        self.said = [f"starting from the {kind} weights of {train.init_from}, step {source.step}"]
+        self.said += [f"drawn anew, as train.allow_missing lets it: {', '.join(drawn)}"] if drawn else []
+        self.said += [f"left out, as train.allow_missing lets it: {', '.join(left)}"] if left else []
+
+    def average(self, fragment: Fragment) -> Tensor | None:
+        """Where the average of a fragment starts; None: at the weights."""
+        if not self._carry_ema or fragment.name not in self._taken:
+            return None
+        return fragment.cut(self._source.read(EMA, fragment.name))
+
+
+def _allowed(
+    model: FlagDiT, found: dict[str, tuple[int, ...]], patterns: Sequence[str], source: str
+) -> tuple[list[str], list[str]]:
+    """Parameters that the source does not give, and tensors of it that the model does not take; all allowed."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def allowed(name: str) -> bool:
+        # No model of images has a token between frames.
+        of_frames = name == "nextframe_token" and name not in found
+        return of_frames or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    drawn = [name for name, shape in expected.items() if found.get(name) != shape]
+    left = [name for name in found if name not in expected]
+    if problems := {name: problem for name, problem in misfits(expected, found).items() if not allowed(name)}:
+        raise ValueError(
+            f"train.init_from={source} does not fit the model: {listed(problems)}. What may be drawn anew or left out is named "
+            "by train.allow_missing, or --allow-missing"
+        )
+    unused = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in drawn + left)]
+    if unused:
+        raise ValueError(f"train.allow_missing: nothing that is missing or left over is called {', '.join(unused)}")
+    return drawn, left
