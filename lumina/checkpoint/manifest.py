@@ -17,8 +17,8 @@ from pydantic import model_validator
 from lumina.config.schema import Section
 from lumina.parallel.fragments import Part
 
-VERSION = 2
-READABLE = (1, VERSION)  # version 1 knew no parts
+VERSION = 3
+READABLE = (1, 2, VERSION)  # version 1 knew no parts, version 2 no model
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FOLDER = "checkpoints"
@@ -68,6 +68,7 @@ class Manifest(Section):
     tensors: dict[str, dict[str, TensorEntry]]
     files: dict[str, FileEntry]
     software: dict[str, str]
+    model: dict[str, Any] | None = None  # the fields of FlagDiTConfig
 
 
 def plain_stretch(

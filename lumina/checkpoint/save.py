@@ -17,6 +17,7 @@ from torch import Tensor
 from lumina.checkpoint.manifest import CONFIG, MANIFEST, VERSION, checkpoints_of, plain_stretch, sha256_of, step_folder
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
+from lumina.model.config import FlagDiTConfig
 from lumina.parallel.fragments import Part
 from lumina.parallel.mesh import Mesh
 
@@ -74,6 +75,7 @@ def save_checkpoint(
                 _write_durably(temporary / CONFIG, dump_config(config))
                 written = [theirs for _, theirs in reports if theirs] + [_report(temporary / CONFIG)]
                 manifest = _manifest(step, optimizer_steps, data, written)
+                manifest["model"] = FlagDiTConfig.from_dict(config.model).to_dict()
                 _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
                 _sync(temporary)
                 if final.exists():  # a run that resumed from before this step comes by again

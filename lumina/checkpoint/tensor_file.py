@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lumina.checkpoint.manifest import FileEntry
 
-_NAMES = {
+NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -53,7 +53,7 @@ class TensorFile:
         offset = 0
         for key, (dtype, shape) in self._tensors.items():
             end = offset + torch.Size(shape).numel() * dtype.itemsize
-            header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes

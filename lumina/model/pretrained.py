@@ -19,6 +19,7 @@ from lumina.model.public import STEMS, parallel_warning, public_files, read_argu
 if TYPE_CHECKING:
     from lumina.model.flag_dit import FlagDiT
 
+
 def save_pretrained(model: "FlagDiT", directory: Path, extra: dict[str, Any] | None = None) -> None:
     """`config.json` ({"model": sizes} and what `extra` adds) and `model*.safetensors`."""
     from huggingface_hub import save_torch_state_dict

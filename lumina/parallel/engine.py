@@ -181,12 +181,14 @@ class Engine:
     def restore(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
         """Put masters and moments in place: `read(kind, fragment)` gives the flat values, fp32.
 
+        Moments are zero before the first step, and not asked for.
         The model was built with the same weights, so the working copies agree with the masters already.
         """
         for fragment in self.fragments:
             fragment.master.copy_(read("master", fragment))
             for name, values in self.moments(fragment).items():
-                values.copy_(read(name, fragment))
+                if optimizer_steps:
+                    values.copy_(read(name, fragment))
         for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(optimizer_steps))
 

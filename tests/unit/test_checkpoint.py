@@ -238,8 +238,8 @@ def test_a_manifest_of_version_1_is_read(tmp_path, config):
     checkpoint = Checkpoint(folder)
     assert torch.equal(checkpoint.state_dict("master")["w"], values)
     assert checkpoint.read("master", "w", 1, 2, Part(1, 1, 3)).tolist() == [2.0, 4.0]
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"version": 3}))
-    with pytest.raises(ValueError, match="lumina-checkpoint 3; this version reads"):
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"version": 4}))
+    with pytest.raises(ValueError, match="lumina-checkpoint 4; this version reads"):
         Checkpoint(folder)
 
 
