@@ -19,10 +19,14 @@ from lumina.model.flag_dit import FlagDiT
 from lumina.model.tokens import Captions, pack
 
 # A block is a chain of a few products whose roundings add up: so many unit roundoffs are allowed it.
-_ROUNDOFFS = 32
+_ROUNDOFFS = 16
 _SEED = 0
 _TIMES = (0.3, 0.8)
 _CAPTION_LENGTHS = (5, 3)
+
+
+State = tuple[Tensor, Tensor]
+"""Tokens (T, dim), in the end patches (T, p), and the conditions (N, width) that every block is modulated by."""
 
 
 class ConversionError(RuntimeError):
@@ -155,10 +159,6 @@ def _block_of(name: str) -> str:
     if parts[0] == "layers":
         return ".".join(parts[:2])
     return parts[0] if parts[0] == "final_layer" else "embedders"
-
-
-State = tuple[Tensor, Tensor]
-"""Tokens (T, dim), in the end patches (T, p), and the conditions (N, width) that every block is modulated by."""
 
 
 class _Walk:

@@ -24,6 +24,8 @@ from lumina.checkpoint.manifest import FileEntry, sha256_of
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 24
+# Bytes of a member's header before its name, and of what zipfile adds for a large member.
+_HEADER, _ZIP64 = 30, 20
 _ROOT = "archive"
 _STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -86,7 +88,7 @@ class TorchFile:
     def _put(self, name: str, data: memoryview) -> None:
         entry = zipfile.ZipInfo(f"{_ROOT}/{name}")
         entry.file_size = len(data)
-        header = len(entry.FileHeader(zip64=_needs_zip64(entry)))
+        header = _HEADER + len(entry.filename) + (_ZIP64 if _needs_zip64(entry) else 0)
         padding = -(self._file.tell() + header) % _ALIGNMENT
         if padding:
             padding += _ALIGNMENT if padding < 4 else 0
