@@ -1,7 +1,7 @@
 """Reading foreign files tensor by tensor: what is not asked for is not in memory."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,14 +21,6 @@ class Stored(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-class TensorReader(Protocol):
-    """A file of tensors."""
-
-    tensors: dict[str, Stored]
-
-    def read(self, key: str) -> Tensor: ...
 
 
 class SafetensorsReader:
@@ -101,6 +93,9 @@ class PickleReader:
         tensor = self._pickles.contents(self.path)[key].detach().clone(memory_format=torch.contiguous_format)
         self._pickles.touched(tensor.nbytes)
         return tensor
+
+
+TensorReader = SafetensorsReader | PickleReader
 
 
 def stored_of(tensor: Any, where: str) -> Stored:
