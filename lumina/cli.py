@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from lumina.cli_convert import add_convert
 from lumina.cli_data import add_data
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--vae", metavar="NAME", help="in place of the autoencoder that the folder names")
     sample.set_defaults(run=_sample)
 
+    add_convert(verbs)
     add_data(verbs, _Parser)
 
     benchmark = verbs.add_parser(

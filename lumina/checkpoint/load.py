@@ -47,8 +47,23 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
-        """The configuration of the run that wrote it."""
+        """The configuration of the run that wrote it.
+
+        Raises:
+            ValueError: where there is none, as in what was converted without one.
+        """
+        if CONFIG not in self.manifest.files:
+            raise ValueError(
+                f"{self.directory} has no {CONFIG}: it was converted without one; repeat `lumina convert` with "
+                "--config CONFIG, the configuration of the run that is to go on from it"
+            )
         return load_config(self._check(CONFIG))
+
+    @property
+    def model(self) -> FlagDiTConfig:
+        """The sizes of the model whose tensors these are."""
+        sizes = self.manifest.model
+        return model_config(self.config) if sizes is None else FlagDiTConfig.from_dict(sizes)
 
     def names(self, kind: str) -> list[str]:
         """Tensors of a kind; none for a kind that was not saved."""

@@ -19,7 +19,7 @@ from lumina.config.schema import Section
 from lumina.parallel.fragments import Part
 
 VERSION = 3
-READABLE = (1, 2, VERSION)  # 1 knew no parts; until 3, files had hashes and pieces had none
+READABLE = (1, 2, VERSION)  # 1 knew no parts; until 3, no model, and files had hashes and pieces none
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"
 CONFIG = "config.yaml"
 FOLDER = "checkpoints"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumina.checkpoint.manifest import FileEntry
 
-_NAMES = {
+NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -27,7 +27,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _FLUSH = 1 << 28  # bytes
 
 
@@ -70,7 +70,7 @@ class TensorFile:
         offset = 0
         for key, (dtype, shape) in self._tensors.items():
             end = offset + torch.Size(shape).numel() * dtype.itemsize
-            header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
+from lumina.checkpoint.sources import PUBLIC_VAE
 from lumina.config.schema import FlowConfig, TextConfig, VaeConfig
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
@@ -259,7 +260,7 @@ def _open(directory: Path, weights: str) -> tuple[FlagDiT, FlowConfig, TextConfi
         raise ValueError(f"{directory} is a run without a complete checkpoint yet; train it further")
     model = load_pretrained(directory, None, weights)
     if not (directory / "config.json").is_file():  # public weights, trained with the SD autoencoder
-        return model, FlowConfig(), None, VaeConfig(model="stabilityai/sd-vae-ft-ema")
+        return model, FlowConfig(), None, PUBLIC_VAE
     config = read_config(directory)
     try:
         flow = FlowConfig.model_validate(config.get("flow", {}))

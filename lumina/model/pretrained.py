@@ -1,15 +1,11 @@
 """Reading and writing weights: Lumina's inference folder and the public Lumina-T2I checkpoint folder.
 
-Nothing that is read can run code: safetensors and JSON, and for public `.pth` files torch's weights-only
-unpickler with `argparse.Namespace` as the one class allowed.
+Nothing that is read can run code: safetensors and JSON, and what `lumina.model.inert` reads of public `.pth` files.
 """
 
-import argparse
 import json
-import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lumina.model.config import FlagDiTConfig
-from lumina.model.presets import PRESETS
+from lumina.model.inert import load_inert
+from lumina.model.public import STEMS, parallel_warning, public_files, read_arguments, sizes_of, split_dim
 
 if TYPE_CHECKING:
     from lumina.model.flag_dit import FlagDiT
-
-# How the public trainer splits parameters over model-parallel files.
-_SPLIT_ON_DIM_0 = re.compile(
-    r"(wq|wk|wv|wk_y|wv_y|w1|w3|x_embedder|cap_embedder\.1|mlp\.0|adaLN_modulation\.1|final_layer\.linear)"
-    r"\.(weight|bias)$|(q_norm|k_norm|ky_norm)\.(weight|bias)$|attention\.gate$"
-)
-_SPLIT_ON_DIM_1 = re.compile(r"(wo|w2|t_embedder\.mlp\.2|y_embedder\.embedding_table)\.weight$")
 
 
 def save_pretrained(model: "FlagDiT", directory: Path, extra: dict[str, Any] | None = None) -> None:
@@ -67,7 +57,9 @@ def load_pretrained(directory: Path, config: FlagDiTConfig | None, weights: str)
         raise ValueError(f"{directory}: no such folder")
     if any(directory.glob("consolidated*")):
         state = _read_public_weights(directory, weights)
-        config = _public_config(directory, state, config)
+        if config is None:
+            shapes = {key: tuple(value.shape) for key, value in state.items()}
+            config = sizes_of(shapes, read_arguments(directory), directory)
     else:
         written = FlagDiTConfig.from_dict(read_config(directory)["model"])
         if config is not None and config != written:
@@ -94,7 +86,7 @@ def build(config: FlagDiTConfig, state: dict[str, Tensor], source: str) -> "Flag
     if config.frames and "nextframe_token" not in state:
         warnings.warn(f"{source} has no nextframe_token: it is initialised, and needs training", stacklevel=3)
         dtype = state["eol_token"].dtype if "eol_token" in state else torch.float32
-        state["nextframe_token"] = torch.randn(config.dim, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.02
+        state["nextframe_token"] = new_nextframe_token(config.dim).to(dtype)
     check_fit(expected, {key: tuple(value.shape) for key, value in state.items()}, source)
     model.load_state_dict(state, strict=True, assign=True)
     return model
@@ -127,7 +119,21 @@ def listed(problems: Mapping[str, str]) -> str:
     return "; ".join(shown[:8]) + ("" if len(shown) <= 8 else f"; and {len(shown) - 8} more")
 
 
+def new_nextframe_token(dim: int) -> Tensor:
+    """What a model that learned no `nextframe_token` starts to train one from: the same each time, fp32."""
+    return torch.randn(dim, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
 def _read_safetensors(directory: Path) -> dict[str, Tensor]:
+    return {key: value for file in safetensors_files(directory) for key, value in load_safetensors(file).items()}
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The files of an inference folder's weights.
+
+    Raises:
+        ValueError: where there is none, one that the index lists is missing, or the index is damaged.
+    """
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{directory} has a config.json but no model*.safetensors")
@@ -137,7 +143,7 @@ def _read_safetensors(directory: Path) -> dict[str, Tensor]:
         if missing := [name for name in names if not (directory / name).is_file()]:
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which {index.name} lists")
         files = [directory / name for name in names]
-    return {key: value for file in files for key, value in load_safetensors(file).items()}
+    return files
 
 
 def _files_in(index: Path) -> list[str]:
@@ -157,131 +163,29 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: cannot be read as safetensors ({error})") from error
 
 
-def _load_pickle(file: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{file}: refused, it is damaged or holds more than weights and settings ({reason})"
-        ) from error
-
-
 def _load_state_dict(file: Path) -> dict[str, Tensor]:
-    state = _load_pickle(file)
+    state = load_inert(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: is no state dict, which maps names to tensors")
     return state
 
 
-def _load_arguments(file: Path) -> dict[str, Any]:
-    loaded = _load_pickle(file)
-    if isinstance(loaded, argparse.Namespace):
-        return vars(loaded)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{file}: holds a {type(loaded).__name__}, not the arguments of a training run")
-    return loaded
-
-
 def _read_public_weights(directory: Path, weights: str) -> dict[str, Tensor]:
-    stems = ["consolidated_ema", "consolidated"] if weights == "ema" else ["consolidated"]
-    for stem in stems:
-        for suffix in ("safetensors", "pth"):
-            files = sorted(directory.glob(f"{stem}.[0-9]*-of-*.{suffix}"))
-            if files:
-                _check_complete(files, directory)
-                read = load_safetensors if suffix == "safetensors" else _load_state_dict
-                return _merge([read(file) for file in files], directory)
-    raise ValueError(f"{directory} has no {stems[-1]}.NN-of-MM.safetensors or .pth file")
-
-
-def _check_complete(files: list[Path], directory: Path) -> None:
-    found = [re.search(r"\.(\d+)-of-(\d+)\.", file.name) for file in files]
-    total = int(found[0].group(2))
-    present = [int(match.group(1)) for match in found]
-    if present != list(range(total)):
-        lacking = [f"{i:02d}-of-{total:02d}" for i in range(total) if i not in present]
-        raise ValueError(f"{directory} is not complete: of {total} model-parallel files it lacks {', '.join(lacking)}")
+    for which in ("ema", "model") if weights == "ema" else ("model",):
+        if files := public_files(directory, which):
+            read = load_safetensors if files[0].suffix == ".safetensors" else _load_state_dict
+            return _merge([read(file) for file in files], directory)
+    raise ValueError(f"{directory} has no {STEMS['model']}.NN-of-MM.safetensors or .pth file")
 
 
 def _merge(parts: list[dict[str, Tensor]], directory: Path) -> dict[str, Tensor]:
     if len(parts) == 1:
         return parts[0]
-    warnings.warn(
-        f"{directory} was trained on {len(parts)} model-parallel ranks, with norms over each rank's own heads; "
-        "no full-width model gives exactly its outputs",
-        stacklevel=5,
-    )
+    warnings.warn(parallel_warning(directory, len(parts)), stacklevel=5)
     if any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError(f"{directory}: its model-parallel files do not hold the same keys")
-    merged = {}
-    for key, first in parts[0].items():
-        if _SPLIT_ON_DIM_0.search(key):
-            merged[key] = torch.cat([part[key] for part in parts])
-        elif _SPLIT_ON_DIM_1.search(key):
-            merged[key] = torch.cat([part[key] for part in parts], dim=1)
-        else:
-            merged[key] = first
-    return merged
-
-
-def _public_config(directory: Path, state: dict[str, Tensor], config: FlagDiTConfig | None) -> FlagDiTConfig:
-    """Sizes from the tensors, then from `model_args.pth`, then from `config`; what contradicts is refused."""
-    if config is not None:
-        return config
-    arguments_file = directory / "model_args.pth"
-    arguments = _load_arguments(arguments_file) if arguments_file.is_file() else {}
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in state:
-            raise ValueError(f"{directory}: has no tensor {key}; these are not the weights of a Flag-DiT")
-        return tuple(state[key].shape)
-
-    dim, patch_elements = shape("x_embedder.weight")
-    # Patches of 2 are all that was published; a model_args name such as ..._patch2 says so too.
-    named = re.search(r"patch(\d+)", str(arguments.get("model", "")))
-    patch_size = int(named.group(1)) if named else 2
-    if patch_elements % patch_size**2:
-        raise ValueError(
-            f"{directory}: patches of {patch_elements} values are not {patch_size} × {patch_size}; pass config"
-        )
-    sizes = {
-        "patch_size": patch_size,
-        "in_channels": patch_elements // patch_size**2,
-        "dim": dim,
-        "n_layers": 1 + max((int(key.split(".")[1]) for key in state if key.startswith("layers.")), default=-1),
-        "learn_sigma": shape("final_layer.linear.weight")[0] == 2 * patch_elements,
-        "qk_norm": "layers.0.attention.q_norm.weight" in state,
-        "frames": "nextframe_token" in state,
+    dims = {key: split_dim(key) for key in parts[0]}
+    return {
+        key: first if dims[key] is None else torch.cat([part[key] for part in parts], dim=dims[key])
+        for key, first in parts[0].items()
     }
-    if "y_embedder.embedding_table.weight" in state:
-        sizes["num_classes"] = shape("y_embedder.embedding_table.weight")[0] - 1
-        sizes["n_heads"] = _heads_of_label_model(directory, arguments, dim)
-    else:
-        sizes["cap_feat_dim"] = shape("cap_embedder.1.weight")[1]
-        sizes["n_heads"] = shape("layers.0.attention.gate")[0]
-    if sizes["n_heads"] and (kv := shape("layers.0.attention.wk.weight")[0]) != dim:
-        sizes["n_kv_heads"] = kv * sizes["n_heads"] // dim
-    if isinstance(arguments.get("norm_eps"), float):
-        sizes["norm_eps"] = arguments["norm_eps"]
-    return _with_ffn(FlagDiTConfig(**sizes), shape("layers.0.feed_forward.w1.weight")[0], directory)
-
-
-def _heads_of_label_model(directory: Path, arguments: dict[str, Any], dim: int) -> int:
-    if isinstance(arguments.get("n_heads"), int):
-        return arguments["n_heads"]
-    for preset in PRESETS.values():
-        if preset["dim"] == dim:
-            return preset["n_heads"]
-    raise ValueError(f"{directory}: the tensors do not tell how many heads a label-conditional model has; pass config")
-
-
-def _with_ffn(config: FlagDiTConfig, hidden: int, directory: Path) -> FlagDiTConfig:
-    """`config` with the rounding that gives a feed-forward network `hidden` wide."""
-    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        for multiplier in (None, hidden / int(8 * config.dim / 3)):
-            candidate = replace(config, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-            if candidate.ffn_dim == hidden:
-                return candidate
-    raise ValueError(f"{directory}: no rounding gives a feed-forward width of {hidden}; pass config")

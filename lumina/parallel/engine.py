@@ -179,11 +179,15 @@ class Engine:
         return {name: fragment.view_in(state[name].view(-1)) for name in ("exp_avg", "exp_avg_sq")}
 
     def restore(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
-        """Put masters and moments in place: `read(kind, fragment)` gives the flat values, fp32."""
+        """Put masters and moments in place: `read(kind, fragment)` gives the flat values, fp32.
+
+        Moments are zero before the first step, and not asked for.
+        """
         for fragment in self.fragments:
             fragment.master.copy_(read("master", fragment))
             for name, values in self.moments(fragment).items():
-                values.copy_(read(name, fragment))
+                if optimizer_steps:
+                    values.copy_(read(name, fragment))
         for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(optimizer_steps))
         self._publish()

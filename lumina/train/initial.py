@@ -72,8 +72,8 @@ def _allowed(
     left = [name for name in found if name not in expected]
     if problems := {name: problem for name, problem in misfits(expected, found).items() if not allowed(name)}:
         raise ValueError(
-            f"train.init_from={source} does not fit the model: {listed(problems)}. What may be drawn anew or left out is named "
-            "by train.allow_missing, or --allow-missing"
+            f"train.init_from={source} does not fit the model: {listed(problems)}. What may be drawn anew or left out "
+            "is named by train.allow_missing, or --allow-missing"
         )
     unused = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in drawn + left)]
     if unused:

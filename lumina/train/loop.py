@@ -91,7 +91,8 @@ class Trainer:
         if checkpoint is not None:
             _check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
-        state = DataState.from_dict(checkpoint.manifest.data) if checkpoint else None
+        # What was converted from another trainer's folder starts its data from the beginning.
+        state = DataState.from_dict(checkpoint.manifest.data) if checkpoint and checkpoint.manifest.data else None
         self.parts = assemble(config, model, mesh, _lanes_of(config, state))
         check_preview(config, self.parts)
         # Ranks that work on the same packs meet the same bad samples: one of them writes them down.

@@ -60,22 +60,23 @@ def one_tensor():
     return [Piece("master", "w", (2, 3), 0, torch.arange(6.0))]
 
 
-def save(run_dir, config, step=1, pieces=None):
+def save(run_dir, config, step=1, pieces=None, state=None):
     """By one rank."""
-    return save_on_ranks(run_dir, config, [pieces or one_tensor()], step)
+    return save_on_ranks(run_dir, config, [pieces or one_tensor()], step, state)
 
 
-def save_on_ranks(run_dir, config, pieces, step=1):
+def save_on_ranks(run_dir, config, pieces, step=1, state=None):
     """`pieces`: those of each rank. Returns the checkpoint's folder."""
+    state = state or state_of(step)
 
     def work(mesh):
         saver = Saver(run_dir, config, mesh)
-        saver.start(state_of(step), pieces[mesh.world.rank])
+        saver.start(state, pieces[mesh.world.rank])
         saver.finish()
         saver.close()
 
     on_ranks(len(pieces), work)
-    return step_folder(run_dir, step)
+    return step_folder(run_dir, state.step)
 
 
 def whole(folder):
