@@ -114,6 +114,35 @@ def test_a_run_goes_on_under_another_layout(digits, tmp_path):
     assert_equal_tensors(tensors_of(run_dir), tensors_of(whole))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"zero_stage": 1}, {"tensor": 2, "zero_stage": 1}])
+def test_a_rank_reads_what_it_needs(digits, tmp_path, parallel):
+    """Of masters, moments and average together, once they are checked, two ranks read each number once."""
+    train_on(1, tiny_config(tmp_path / "run", digits, train__steps=1))
+    tree = tiny_config(tmp_path / "run", digits, train__steps=2, parallel=parallel)
+    total = sum(value.numel() for value in tensors_of(tmp_path / "run").values())
+    read = run_ranks(2, _count_what_is_read, tree)
+    # Under tensor parallel each has the norms, gates and tokens that are on both.
+    shared = 1.35 if "tensor" in parallel else 1.02
+    assert total <= sum(read) <= shared * total
+    assert max(read) < 0.68 * total
+
+
+def _count_what_is_read(rank: int, tree: dict) -> int:
+    from lumina.checkpoint.load import Checkpoint
+
+    read, numbers = Checkpoint.read, []
+
+    def counted(*arguments, **rest):
+        values = read(*arguments, **rest)
+        numbers.append(values.numel())
+        return values
+
+    Checkpoint.read = counted
+    train_tree(rank, tree)
+    return sum(numbers)
+
+
 def checkpoint_tensors(folder):
     from lumina.checkpoint.load import Checkpoint
 
