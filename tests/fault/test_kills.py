@@ -91,9 +91,10 @@ def test_killed_in_the_middle_of_saves(tmp_path):
     for number in range(SAVE_KILLS):
         run_dir = tmp_path / f"run{number % 4}"
         saving = context.Process(target=_save_on_and_on, args=(run_dir, bool(number % 2)))
+        (run_dir / "begun").unlink(missing_ok=True)
         saving.start()
         # From the first save on, anywhere in one that follows.
-        while not checkpoints_of(run_dir):
+        while not (run_dir / "begun").exists() or not checkpoints_of(run_dir):
             time.sleep(0.002)
         time.sleep(draw.uniform(0.0, 0.25))
         saving.kill()
@@ -119,6 +120,9 @@ def _save_on_and_on(run_dir: Path, asynchronous: bool) -> None:
     config = validate(tree, "test")
     folders = checkpoints_of(run_dir)
     first = Checkpoint(folders[-1]).manifest.step + 1 if folders else 1
+
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "begun").touch()
 
     def work(mesh):
         saver, half = Saver(run_dir, config, mesh), 20_000 * mesh.world.rank
