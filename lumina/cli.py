@@ -176,9 +176,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from lumina.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from lumina.train.loop import train
+    from lumina.train.stop import StopSignals
 
-    train(config)
+    with StopSignals() as signals:  # the imports to come take seconds, in which a run may be told to stop already
+        from lumina.train.loop import train
+
+        train(config, signals)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -122,6 +122,12 @@ class Mesh:
         dist.gather_object(value, values)
         return values
 
+    def from_first(self, value: T | None) -> T:
+        """What the first process gives, on all; small and picklable."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def from_leader(self, value: T | None) -> T:
         """What the leader of this replica gives, on all its ranks; small and picklable."""
         if self.replica.size == 1:

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lumina.checkpoint.save import replace_text
 from lumina.config.schema import Config
 
+METRICS = "metrics.jsonl"
+
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -45,6 +47,8 @@ class StepMetrics:
     epoch: int
     data_seconds: float
     bad_samples: int
+    spike: bool
+    left_out: bool  # by a rollback; such a step is skipped, and all its counts are 0
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:
@@ -68,7 +72,7 @@ class Metrics:
         if not enabled:
             return
         run_dir = Path(config.run.dir)
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < first_step]
             replace_text(self._path, "".join(f"{line}\n" for line in kept))
@@ -144,6 +148,7 @@ class Metrics:
 
     def _show(self, metrics: StepMetrics) -> None:
         loss = "not finite, skipped" if metrics.loss is None else f"{metrics.loss:.4f}"
+        loss = "left out" if metrics.left_out else loss
         line = f"loss {loss} · {metrics.tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=metrics.step, line=line)
         if self._console.is_terminal:
