@@ -190,10 +190,17 @@ class Engine:
             values = entry.parameter.ds_tensor if sharded else entry.parameter.detach().view(-1)
             yield Held("working copy", entry.name, values, replicated=not sharded)
 
-    def close(self) -> None:
-        """Let go of hooks, so that another engine can be made in this process, over the same mesh or another."""
+    def close(self, keep_groups: bool = False) -> None:
+        """Let go of hooks and process groups, so that another run can start in this process.
+
+        Args:
+            keep_groups: for another engine over the same mesh.
+        """
         self._engine.destroy()
-        # DeepSpeed keeps its backend, with groups that may be gone by then, and would use it for the next engine.
+        if keep_groups:
+            return
+        deepspeed.comm.destroy_process_group()
+        # DeepSpeed keeps its backend, with the groups that are gone, and would use them for the next engine.
         deepspeed.comm.comm.cdb = None
         deepspeed.utils.groups.mpu = None
 

@@ -65,11 +65,12 @@ def train(config: Config, signals: StopSignals | None = None) -> None:
 
 def _run_from_newest(config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals, *, again: bool) -> bool:
     """As `Trainer.run`."""
-    trainer = Trainer(config, model, mesh, signals)
+    trainer, done = Trainer(config, model, mesh, signals), True
     try:
-        return trainer.run(again)
+        done = trainer.run(again)
     finally:
-        trainer.engine.close()
+        trainer.engine.close(keep_groups=not done)
+    return done
 
 
 class Trainer:
