@@ -88,6 +88,8 @@ class Engine:
                 # DeepSpeed finds its groups by the methods of an "mpu", and takes the whole world without one.
                 mpu = _Groups(mesh) if mesh.world.size > 1 else None
                 self._engine, *_ = deepspeed.initialize(model=stage, mpu=mpu, **settings)
+        if parallel.zero_stage == 3:
+            self._optimizer.norm_in_fp64 = lambda: float(self._engine.optimizer._global_grad_norm)
         self.fragments: list[Fragment] = fragments_of(self._engine, trained)
         self._zero_stage = parallel.zero_stage
 
@@ -166,8 +168,13 @@ class Engine:
         else:
             self._engine.step()
         optimizer = self._engine.optimizer
-        skipped = self._optimizer.refused or bool(optimizer.overflow)
-        return StepOutcome(grad_norm=float(optimizer._global_grad_norm), skipped=skipped)
+        if optimizer.overflow and getattr(optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19 lets go of gradients that it skips, but for those of ZeRO 2 with the optimizer on the CPU:
+            # the next ones would be added to them, and no step would be finite any more.
+            optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+        return StepOutcome(
+            grad_norm=float(optimizer._global_grad_norm), skipped=self._optimizer.skipped or bool(optimizer.overflow)
+        )
 
     def _watch_replicated_gradients(self) -> None:
         """A replicated parameter counts in the norm on the first tensor-parallel rank alone: look here by ourselves."""

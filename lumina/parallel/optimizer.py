@@ -1,5 +1,7 @@
 """AdamW as the engine uses it: it can be told to leave a step out, and under ZeRO 0 clips by itself."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from lumina.config.schema import Config
 from lumina.parallel.fragments import Trained
 from lumina.parallel.mesh import Mesh
+
+_LARGEST_NORM = torch.finfo(torch.float32).max ** 0.5
 
 
 def optimizer_of(trained: list[Trained], config: Config, mesh: Mesh) -> "RefusingAdamW":
@@ -24,16 +28,23 @@ def optimizer_of(trained: list[Trained], config: Config, mesh: Mesh) -> "Refusin
 
 
 class RefusingAdamW(torch.optim.AdamW):
-    """AdamW whose step does nothing while `refused` is set.
+    """AdamW whose step does nothing where it is `refused`, or the gradient norm is too large.
 
     DeepSpeed's ZeRO optimizers skip a step whose gradient norm is not finite, and know of no other reason to. They
     call this optimizer last, for each stretch of the masters: what it leaves alone stays as it is under every stage.
     """
 
     refused = False
+    norm_in_fp64: Callable[[], float] | None = None
+    """The norm of ZeRO 3, which sums squares in fp64 where the others overflow: a step must be one under all."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a step does nothing."""
+        return self.refused or (self.norm_in_fp64 is not None and self.norm_in_fp64() >= _LARGEST_NORM)
 
     def step(self, closure: None = None) -> None:
-        if not self.refused:
+        if not self.skipped:
             super().step()
             return
         for group in self.param_groups:
