@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumina.parallel.fragments import Held
 
-_NARROW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # A check that takes less is made in every step; one that takes longer, as often as keeps it below the share.
 _FREE_SECONDS, _SHARE = 0.005, 0.01
 
@@ -29,13 +29,12 @@ def checksum(values: Tensor) -> Tensor:
     size = flat.element_size()
     # Eight bytes at a time from a multiple of eight of the storage on: far faster than widening each element.
     head = min(-flat.storage_offset() % (8 // size), flat.numel())
-    words = (flat.numel() - head) * size // 8
-    tail = head + words * 8 // size
-    total = flat[head:tail].view(torch.int64).sum()
-    for rest in (flat[:head], flat[tail:]):
-        if rest.numel():
-            total += rest.view(_NARROW[size]).sum(dtype=torch.int64)
-    return total
+    tail = head + (flat.numel() - head) * size // 8 * 8 // size
+    pieces = ((flat[head:tail], torch.int64), (flat[:head], _INTEGER[size]), (flat[tail:], _INTEGER[size]))
+    if head == 0 and tail == flat.numel():
+        pieces = pieces[:1]
+    sums = [piece.view(integer).sum(dtype=torch.int64) for piece, integer in pieces if piece.numel()]
+    return sum(sums[1:], sums[0]) if sums else torch.zeros((), dtype=torch.int64, device=flat.device)
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
