@@ -30,11 +30,11 @@ def checksum(values: Tensor) -> Tensor:
     # Eight bytes at a time from a multiple of eight of the storage on: far faster than widening each element.
     head = min(-flat.storage_offset() % (8 // size), flat.numel())
     tail = head + (flat.numel() - head) * size // 8 * 8 // size
+    if head == 0 and tail == flat.numel() > 0:
+        return flat.view(torch.int64).sum()
     pieces = ((flat[head:tail], torch.int64), (flat[:head], _INTEGER[size]), (flat[tail:], _INTEGER[size]))
-    if head == 0 and tail == flat.numel():
-        pieces = pieces[:1]
     sums = [piece.view(integer).sum(dtype=torch.int64) for piece, integer in pieces if piece.numel()]
-    return sum(sums[1:], sums[0]) if sums else torch.zeros((), dtype=torch.int64, device=flat.device)
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=flat.device)
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
