@@ -15,8 +15,8 @@ from torch import Tensor
 from lumina.parallel.fragments import Held
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# A check that takes less is made in every step; one that takes longer, as often as keeps it below the share.
-_FREE_SECONDS, _SHARE = 0.005, 0.01
+# Up to so many bytes are checked in every step, in a few milliseconds; more as often as keeps it below the share.
+_SMALL, _SHARE = 1 << 23, 0.01
 
 
 def checksum(values: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def checksums(tensors: Sequence[Tensor]) -> Tensor:
 class Watch:
     """Holds the checksums of what a rank has from one update to the next.
 
-    A stretch between two updates is watched if that costs less than 5 ms or 1% of the time since the last one that
-    was, and at the latest after `every` of them.
+    A stretch between two updates is watched where less than 8 MiB are held, where that costs less than 1% of the time
+    since the last one that was, and at the latest after `every` of them.
 
     Args:
         held: gives what is watched, the same in the same order every time.
@@ -62,6 +62,7 @@ class Watch:
         self._held, self._every, self._clock = held, every, clock
         self._sealed: Tensor | None = None
         self._unwatched = 0
+        self._small = False
         self._seconds: dict[str, float] = {}  # the least that each half of a check has taken: less is disturbance
         self._last = clock()
 
@@ -70,7 +71,7 @@ class Watch:
         elapsed, cost = self._clock() - self._last, sum(self._seconds.values())
         self._sealed = None
         self._unwatched += 1
-        if cost <= max(_FREE_SECONDS, _SHARE * elapsed) or self._unwatched >= self._every:
+        if self._small or cost <= _SHARE * elapsed or self._unwatched >= self._every:
             self.sums()
 
     def sums(self) -> Tensor:
@@ -89,6 +90,7 @@ class Watch:
 
     def _timed(self, what: str) -> Tensor:
         held = [one.values for one in self._held()]
+        self._small = sum(values.nbytes for values in held) <= _SMALL
         if any(values.is_cuda for values in held):
             torch.cuda.synchronize()  # or the time would be that of what was asked for before
         started = self._clock()

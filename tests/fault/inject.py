@@ -1,14 +1,19 @@
 """Faults, each put into one step of one rank of a real run."""
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import yaml
 
 _INTEGER = {2: torch.int16, 4: torch.int32}
 
@@ -17,8 +22,9 @@ _INTEGER = {2: torch.int16, 4: torch.int32}
 class Fault:
     """`kind` is a function of this file.
 
+    step: 0 for what is put into the whole run.
     rank: of the world; None for all.
-    tensor: (kind, parameter) of a flipped bit; element and bit of it.
+    tensor: (kind, parameter) of a flipped bit, of what the rank holds; element and bit of it.
     """
 
     kind: str
@@ -37,11 +43,11 @@ def fail_at(rank: int | None, step: int, kind: str, **settings: Any) -> Fault:
 
 @dataclass
 class Outcome:
-    """What a run with faults came to on one rank."""
+    """What a run with faults came to on one rank: `lumina train`'s exit code and what it said."""
 
-    error: str = ""
-    """Type and sentence."""
-    changed: tuple[bool, ...] = ()
+    code: int
+    said: str
+    changed: tuple[bool, ...]
     """For each step that was taken, whether it changed anything that the optimizer holds, or its count."""
 
 
@@ -51,11 +57,12 @@ def faults_in(faults: list[Fault], rank: int) -> Iterator[list[bool]]:
     from lumina.train import loop
 
     original, changed = loop.train_step, []
+    mine = [fault for fault in faults if fault.rank in (None, rank)]
 
     def train_step(engine, ema, objective, packs, **rest):
         with ExitStack() as stack:
-            for fault in faults:
-                if fault.step == rest["step"] and fault.rank in (None, rank):
+            for fault in mine:
+                if fault.step == rest["step"]:
                     stack.enter_context(globals()[fault.kind](fault, engine, ema, packs))
             before = _state(engine, ema)
             result = original(engine, ema, objective, packs, **rest)
@@ -64,24 +71,26 @@ def faults_in(faults: list[Fault], rank: int) -> Iterator[list[bool]]:
         changed.append(not same)
         return result
 
-    with mock.patch.object(loop, "train_step", train_step):
+    with ExitStack() as stack:
+        for fault in mine:
+            if fault.step == 0:
+                stack.enter_context(globals()[fault.kind]())
+        stack.enter_context(mock.patch.object(loop, "train_step", train_step))
         yield changed
 
 
 def train_with_faults(rank: int, trees: list[dict], ports: list[int], faults: list[list[Fault]]) -> list[Outcome]:
-    """Train one after another in this process, each with its faults; a target for `run_ranks`."""
-    from tests.parallel.runs import train_trees
+    """`lumina train` one after another in this process, each with its faults; a target for `run_ranks`."""
+    from lumina.cli import main
 
     outcomes = []
-    for tree, port, of_run in zip(trees, ports, faults, strict=True):
-        outcome = Outcome()
-        with faults_in(of_run, rank) as changed:
-            try:
-                train_trees(rank, [tree], [port])
-            except Exception as error:  # noqa: BLE001 - the test looks at it
-                outcome.error = f"{type(error).__name__}: {error}"
-        outcome.changed = tuple(changed)
-        outcomes.append(outcome)
+    for number, (tree, port, of_run) in enumerate(zip(trees, ports, faults, strict=True)):
+        os.environ["MASTER_PORT"] = str(port)  # a store of its own for each run
+        config = Path(tree["run"]["dir"]).with_name(f"config_{number}_{rank}.yaml")
+        config.write_text(yaml.safe_dump(tree))
+        with faults_in(of_run, rank) as changed, redirect_stderr(StringIO()) as said:
+            code = main(["train", str(config), "--debug"])
+        outcomes.append(Outcome(code, said.getvalue(), tuple(changed)))
     return outcomes
 
 
@@ -185,6 +194,33 @@ def flip(fault, engine, ema, packs):
     yield
 
 
+@contextmanager
+def flip_before_update(fault, engine, ema, packs):
+    """Too late for the check before the update."""
+    step = engine.step
+
+    def spoiled(learning_rate):
+        flip_bit(engine, ema, fault.tensor, fault.element, fault.bit)
+        return step(learning_rate)
+
+    with mock.patch.object(engine, "step", spoiled):
+        yield
+
+
+@contextmanager
+def flip_after_update(fault, engine, ema, packs):
+    """Too early for the checksums that are taken next to tell."""
+    step = engine.step
+
+    def spoiled(learning_rate):
+        outcome = step(learning_rate)
+        flip_bit(engine, ema, fault.tensor, fault.element, fault.bit)
+        return outcome
+
+    with mock.patch.object(engine, "step", spoiled):
+        yield
+
+
 def flip_bit(engine, ema, tensor: tuple[str, str], element: int, bit: int) -> None:
     kind, name = tensor
     if kind == "ema":
@@ -192,6 +228,7 @@ def flip_bit(engine, ema, tensor: tuple[str, str], element: int, bit: int) -> No
     else:
         found = [held.values for held in engine.held() if (held.kind, held.name) == tensor]
     bits = _bits(found[0])
+    assert bit < 8 * bits.element_size()
     mask = 1 << bit
     bits[element] ^= mask if bit < 8 * bits.element_size() - 1 else -mask
 
@@ -200,3 +237,61 @@ def flip_bit(engine, ema, tensor: tuple[str, str], element: int, bit: int) -> No
 def terminate(fault, engine, ema, packs):
     os.kill(os.getpid(), signal.SIGTERM)
     yield
+
+
+@contextmanager
+def signal_workers(fault, engine, ema, packs):
+    """Ctrl-C and SIGTERM to the whole group: the processes that decode get them too."""
+    workers = multiprocessing.active_children()
+    assert workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield
+
+
+# For the whole run.
+
+
+@contextmanager
+def terminate_at_start():
+    """Before there is a process group."""
+    from lumina.train import loop
+
+    open_mesh = loop.open_mesh
+
+    def terminated(parallel):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_mesh(parallel)
+
+    with mock.patch.object(loop, "open_mesh", terminated):
+        yield
+
+
+def _when_going_back(act):
+    from lumina.train.health import Health
+
+    must_go_back = Health.must_go_back
+
+    def patched(self, step, say):
+        if must_go_back(self, step, say):
+            act()
+            return True
+        return False
+
+    return mock.patch.object(Health, "must_go_back", patched)
+
+
+def die_when_going_back():
+    """After it was written down, before it was done."""
+
+    def die():
+        raise RuntimeError("killed")
+
+    return _when_going_back(die)
+
+
+def terminate_when_going_back():
+    return _when_going_back(lambda: os.kill(os.getpid(), signal.SIGTERM))
