@@ -25,6 +25,7 @@ class Fault:
     step: 0 for what is put into the whole run.
     rank: of the world; None for all.
     tensor: (kind, parameter) of a flipped bit, of what the rank holds; element and bit of it.
+    path: of a file that is made.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Fault:
     tensor: tuple[str, str] = ("", "")
     element: int = 0
     bit: int = 20
+    path: str = ""
 
 
 def fail_at(rank: int | None, step: int, kind: str, **settings: Any) -> Fault:
@@ -236,6 +238,12 @@ def flip_bit(engine, ema, tensor: tuple[str, str], element: int, bit: int) -> No
 @contextmanager
 def terminate(fault, engine, ema, packs):
     os.kill(os.getpid(), signal.SIGTERM)
+    yield
+
+
+@contextmanager
+def stop_file(fault, engine, ema, packs):
+    Path(fault.path).touch()
     yield
 
 
