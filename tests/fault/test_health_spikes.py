@@ -11,6 +11,10 @@ from tests.parallel.runs import metrics_of, tensors_of, tiny_config
 from tests.parallel.workers import free_port, run_ranks
 
 SETTINGS = {"train__steps": 13, "checkpoint__every": 4, "health__spike": "rollback", "health__spike_window": 8}
+SETTINGS |= {"train__global_batch_packs": 2}
+# Elsewhere than data-parallel, by the gradient norm, at a step that is saved.
+OTHERS = [{"pipeline": 2, "zero_stage": 0}, {"tensor": 2, "zero_stage": 3}]
+NORM = {"health__spike_of": "grad_norm", "train__steps": 9, "checkpoint__every": 3}
 
 
 def without_times(run_dir):
@@ -34,10 +38,14 @@ def test_a_run_that_went_back_is_one_that_was_told_to_leave_the_batches_out(digi
         (tree(tmp_path / "too early", checkpoint__every=100), [spike]),
         (tree(tmp_path / "often", health__rollback_limit=1), [spike, fail_at(None, 12, "spike")]),
     ]
+    first += [
+        (tree(tmp_path / f"{i}", parallel=layout, **NORM), [fail_at(None, 9, "spike")])
+        for i, layout in enumerate(OTHERS)
+    ]
     trees, faults = zip(*first, strict=True)
     ranks = run_ranks(2, train_with_faults, list(trees), [free_port() for _ in trees], list(faults))
     for outcomes in ranks:
-        assert [outcome.code for outcome in outcomes] == [0, 1, 0, 0, 1], outcomes
+        assert [outcome.code for outcome in outcomes] == [0, 1, 0, 0, 1, 0, 0], outcomes
     said = [outcome.said for outcome in ranks[0]]
 
     record = [json.loads(line) for line in (spiked / "skipped_batches.jsonl").read_text().splitlines()]
@@ -66,36 +74,20 @@ def test_a_run_that_went_back_is_one_that_was_told_to_leave_the_batches_out(digi
         shutil.copy(spiked / name, told / name)
     layout = {"zero_stage": 3, "ring": 2}
     trees = [tree(told), tree(killed), tree(elsewhere, parallel=layout)]
-    ranks = run_ranks(2, train_with_faults, trees, [free_port() for _ in trees], [[], [], []])
-    assert [outcome.code for outcomes in ranks for outcome in outcomes] == [0] * 6, ranks
-    expected = tensors_of(spiked)
-    for run_dir in (told, killed):
-        assert without_times(run_dir) == without_times(spiked)
-        found = tensors_of(run_dir)
+    entry = {"first": 7, "last": 9, "checkpoint": 6, "spike_of": "grad_norm", "value": 1.0, "limit": 0.5}
+    for i, other in enumerate(OTHERS):
+        (tmp_path / f"told {i}").mkdir()
+        (tmp_path / f"told {i}" / "config.yaml").touch()
+        (tmp_path / f"told {i}" / "skipped_batches.jsonl").write_text(json.dumps(entry))
+        trees.append(tree(tmp_path / f"told {i}", parallel=other, **NORM))
+    ranks = run_ranks(2, train_with_faults, trees, [free_port() for _ in trees], [[]] * 5)
+    assert [outcome.code for outcomes in ranks for outcome in outcomes] == [0] * 10, ranks
+    pairs = [(told, spiked), (killed, spiked)]
+    pairs += [(tmp_path / f"told {i}", tmp_path / f"{i}") for i in range(len(OTHERS))]
+    for run_dir, went_back in pairs:
+        assert without_times(run_dir) == without_times(went_back)
+        found, expected = tensors_of(run_dir), tensors_of(went_back)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert [line["left_out"] for line in metrics_of(elsewhere)] == [line["left_out"] for line in lines]
     losses = [[line["loss"] for line in metrics_of(run_dir)[11:]] for run_dir in (elsewhere, spiked)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_going_back_under_other_engines_and_with_workers(digits, tmp_path):
-    """As leaving the same batches out; the spike is of the gradient norm, at a step that is saved."""
-    layouts = [{"pipeline": 2, "zero_stage": 0}, {"tensor": 2, "zero_stage": 3}]
-    settings = SETTINGS | {"health__spike_of": "grad_norm", "train__steps": 14, "precision": "fp32"}
-    trees, faults = [], []
-    for i, layout in enumerate(layouts):
-        tree = tiny_config(tmp_path / f"{i}", digits, parallel=layout, **settings)
-        told = tiny_config(tmp_path / f"told {i}", digits, parallel=layout, **settings)
-        (tmp_path / f"told {i}").mkdir()
-        (tmp_path / f"told {i}" / "config.yaml").touch()
-        entry = {"first": 9, "last": 12, "checkpoint": 8, "spike_of": "grad_norm", "value": 1.0, "limit": 0.5}
-        (tmp_path / f"told {i}" / "skipped_batches.jsonl").write_text(json.dumps(entry))
-        trees += [tree, told]
-        faults += [[fail_at(None, 12, "spike")], []]
-    ranks = run_ranks(2, train_with_faults, trees, [free_port() for _ in trees], faults)
-    assert [outcome.code for outcomes in ranks for outcome in outcomes] == [0] * 8, ranks
-    for i in range(len(layouts)):
-        assert without_times(tmp_path / f"{i}") == without_times(tmp_path / f"told {i}")
-        found, expected = tensors_of(tmp_path / f"{i}"), tensors_of(tmp_path / f"told {i}")
-        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -10,7 +10,7 @@ from tests.parallel.workers import free_port, run_ranks
 @pytest.mark.slow
 def test_whoever_asks_a_run_to_stop(digits, tmp_path):
     names = ["one rank", "a file", "at the start", "the whole group", "a stale file"]
-    trees = [tiny_config(tmp_path / name, digits) for name in names]
+    trees = [tiny_config(tmp_path / name, digits, train__global_batch_packs=2) for name in names]
     trees[3]["data"]["workers"] = 1
     (tmp_path / "a stale file").mkdir()
     for name in ("config.yaml", "stop"):
