@@ -16,7 +16,7 @@ from lumina.parallel.fragments import Held
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Up to so many bytes are checked in every step, in a few milliseconds; more as often as keeps it below the share.
-_SMALL, _SHARE = 1 << 23, 0.01
+_SMALL, _SHARE = 1 << 23, 0.0075
 
 
 def checksum(values: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def checksums(tensors: Sequence[Tensor]) -> Tensor:
 class Watch:
     """Holds the checksums of what a rank has from one update to the next.
 
-    A stretch between two updates is watched where less than 8 MiB are held, where that costs less than 1% of the time
-    since the last one that was, and at the latest after `every` of them.
+    A stretch between two updates is watched where less than 8 MiB are held, where that costs less than 0.75% of the
+    time since the last one that was, and at the latest after `every` of them.
 
     Args:
         held: gives what is watched, the same in the same order every time.

@@ -249,14 +249,13 @@ def stop_file(fault, engine, ema, packs):
 
 @contextmanager
 def signal_workers(fault, engine, ema, packs):
-    """Ctrl-C and SIGTERM to the whole group: the processes that decode get them too."""
+    """What of Ctrl-C and SIGTERM to the whole group the processes that decode get."""
     workers = multiprocessing.active_children()
     assert workers
     for number in (signal.SIGINT, signal.SIGTERM):
         for worker in workers:
             os.kill(worker.pid, number)
     time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGTERM)
     yield
 
 

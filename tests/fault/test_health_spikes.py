@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from lumina.checkpoint.load import latest_checkpoint
 from tests.fault.inject import fail_at, train_with_faults
 from tests.parallel.runs import metrics_of, tensors_of, tiny_config
 from tests.parallel.workers import free_port, run_ranks
@@ -56,6 +57,10 @@ def test_a_run_that_went_back_is_one_that_was_told_to_leave_the_batches_out(digi
     assert [line["step"] for line in lines if line["left_out"]] == [9, 10, 11]
     assert [line["loss"] is None and line["skipped"] and line["samples"] == 0 for line in lines[8:11]] == [True] * 3
     assert not any(line["spike"] for line in lines)
+
+    # The batches are consumed: after the last step the stream stands where it does without a rollback.
+    streams = [latest_checkpoint(folder).manifest.data for folder in (spiked, tmp_path / "too early")]
+    assert streams[0] == streams[1]
 
     # Killed between the record and the rollback: the record is there, and nothing was saved after step 8.
     assert (killed / "skipped_batches.jsonl").read_bytes() == (spiked / "skipped_batches.jsonl").read_bytes()

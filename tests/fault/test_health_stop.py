@@ -12,6 +12,7 @@ def test_whoever_asks_a_run_to_stop(digits, tmp_path):
     names = ["one rank", "a file", "at the start", "the whole group", "a stale file"]
     trees = [tiny_config(tmp_path / name, digits, train__global_batch_packs=2) for name in names]
     trees[3]["data"]["workers"] = 1
+    trees[3]["train"]["steps"] = 9
     (tmp_path / "a stale file").mkdir()
     for name in ("config.yaml", "stop"):
         (tmp_path / "a stale file" / name).touch()
@@ -19,11 +20,11 @@ def test_whoever_asks_a_run_to_stop(digits, tmp_path):
         [fail_at(1, 2, "terminate")],
         [fail_at(1, 3, "stop_file", path=str(tmp_path / "a file" / "stop"))],
         [fail_at(1, 0, "terminate_at_start")],
-        [fail_at(None, 2, "signal_workers")],
+        [fail_at(None, 1, "signal_workers"), fail_at(0, 7, "terminate")],  # more than was decoded ahead
         [],
     ]
     ranks = run_ranks(2, train_with_faults, trees, [free_port() for _ in trees], faults)
-    stopped_after = [2, 3, 1, 2, None]
+    stopped_after = [2, 3, 1, 7, None]
     for i, (name, step) in enumerate(zip(names, stopped_after, strict=True)):
         for outcomes in ranks:
             assert outcomes[i].code == 0, outcomes[i].said

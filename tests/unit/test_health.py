@@ -116,13 +116,13 @@ def test_what_changed_is_named_and_nothing_else():
 @pytest.mark.parametrize(
     ("cost", "every", "expected"),
     [
-        (0.05, 50, 10),  # two halves of 50 ms in steps of 1 s: each tenth is 1%
-        (0.0004, 50, 1),
+        (0.0375, 50, 10),  # two halves of 37.5 ms in steps of 1 s: each tenth is 0.75%
+        (0.0003, 50, 1),
         (10.0, 7, 7),  # too dear, but never later than asked for
         (10.0, 1, 1),
     ],
 )
-def test_a_stretch_is_watched_as_often_as_one_percent_allows(monkeypatch, cost, every, expected):
+def test_a_stretch_is_watched_as_often_as_its_share_allows(monkeypatch, cost, every, expected):
     clock = Clock()
     watch = watch_of([torch.zeros(2)], every, clock, monkeypatch, cost)
     watched = []
