@@ -101,8 +101,9 @@ def last_values(run_dir: Path, key: str, step: int, count: int) -> list[float]:
     with path.open() as lines:
         for line in lines:
             numbers = json.loads(line)
-            if numbers["step"] <= step and not numbers["skipped"] and numbers[key] is not None:
-                values.append(numbers[key])
+            value = numbers.get(key)
+            if numbers["step"] <= step and not numbers.get("skipped", True) and value is not None:
+                values.append(float(value))
     return list(values)
 
 
@@ -122,7 +123,7 @@ class Health:
             try:
                 values = last_values(self._run_dir, settings.spike_of, step, settings.spike_window)
                 told = ("", read_left_out(self._run_dir), values)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 told = (str(error), [], [])
         problem, self._left_out, values = mesh.from_first(told)
         if problem:
