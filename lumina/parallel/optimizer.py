@@ -46,11 +46,6 @@ class RefusingAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         if not self.skipped:
             super().step()
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.state_of(parameter)  # DeepSpeed looks for it after the first step, whatever that did
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Step count and moments, as torch's AdamW makes them at its first step where there was none yet."""
