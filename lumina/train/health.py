@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -204,6 +205,11 @@ class Health:
         lines = [one.model_dump_json() for one in (*self._left_out, entry)]
         try:
             replace_text(self._run_dir / RECORD, "".join(f"{line}\n" for line in lines))
+            folder = os.open(self._run_dir, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # or a power cut could take back the renaming
+            finally:
+                os.close(folder)
         except OSError as error:
             return None, f"what to leave out cannot be recorded ({error.strerror or error})", False
         return entry, "", False
