@@ -206,9 +206,12 @@ def _train(arguments: argparse.Namespace) -> None:
 
     allowed = [f"train.allow_missing={json.dumps(arguments.allow_missing)}"] if arguments.allow_missing else []
     config = load_config(arguments.config, [*arguments.overrides, *allowed])
-    from lumina.train.loop import train
+    from lumina.train.stop import StopSignals
 
-    train(config)
+    with StopSignals() as signals:  # the imports to come take seconds, in which a run may be told to stop already
+        from lumina.train.loop import train
+
+        train(config, signals)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -130,6 +130,10 @@ class Saver:
         """
         return self._settle() if all_ready else ""
 
+    def wait(self) -> str:
+        """Wait for what is in flight. Returns what went wrong; empty where nothing did."""
+        return self._settle()
+
     def finish(self) -> None:
         """Wait for what is in flight.
 

@@ -184,6 +184,19 @@ class CheckpointConfig(Section):
     )
 
 
+class HealthConfig(Section):
+    """What is looked for in a run, and what is done about it."""
+
+    spike: Literal["none", "warn", "rollback"] = Field(
+        "warn", description="of a spike: nothing, a warning, or back to the newest checkpoint without those batches"
+    )
+    spike_of: Literal["loss", "grad_norm"] = Field("loss", description="what must not spike")
+    spike_factor: float = Field(10.0, gt=0, description="spreads above the median from which a value is a spike")
+    spike_window: int = Field(100, ge=8, description="steps whose median and spread are taken")
+    rollback_limit: int = Field(3, ge=1, description="rollbacks to one checkpoint; one more stops the run")
+    check_every: int = Field(50, ge=0, description="steps within which flipped bits are looked for; 0 never looks")
+
+
 class PreviewConfig(Section):
     """A contact sheet of fixed prompts drawn with the EMA weights during training."""
 
@@ -225,5 +238,6 @@ class Config(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     preview: PreviewConfig = PreviewConfig()
     log: LogConfig = LogConfig()

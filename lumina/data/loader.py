@@ -48,7 +48,7 @@ class Batch:
     """One rank's share of a global batch.
 
     Attributes:
-        packs: packs rank, rank+world, … of the global batch.
+        packs: packs rank, rank+world, … of the global batch; none of a batch that was passed over.
         global_samples: samples of the whole global batch, over all ranks.
         state_after: where the stream stands after it; what a checkpoint keeps.
         bad: distinct bad samples this rank has met since the loader was made; summed over ranks, all that were met.
@@ -154,6 +154,12 @@ class Loader:
                 yield Batch(samples, global_samples, state_after, len(self._bad))
         finally:
             decoded.close()
+
+    def pass_over(self) -> Batch:
+        """The next batch without its samples: they are neither read nor replaced. Not while this is iterated."""
+        self.step += 1
+        _, self.state = self._plan.batch(self.state, self.step)
+        return Batch([], 0, self.state, len(self._bad))
 
     def _requests(self, pack: Pack, step: int) -> list[Request]:
         stage = self._sizing.stage_of(step)

@@ -1,5 +1,6 @@
 """Decoding packs ahead in background processes, in order."""
 
+import signal
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,9 @@ def decoded_in_order(
 
 
 def _begin(_: int) -> None:
+    # Ctrl-C, and many a scheduler's SIGTERM, reach the whole group: the trainer finishes its step, and needs them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end_with_the_caller()  # torch's own watch looks for a change of the parent process, which is the fork server
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumina.config.deepspeed import deepspeed_config
 from lumina.config.schema import Config
 from lumina.model.flag_dit import Block, FlagDiT
-from lumina.parallel.fragments import Fragment, Part, Trained, fragments_of
+from lumina.parallel.fragments import Fragment, Held, Part, Trained, fragments_of
 from lumina.parallel.mesh import Mesh
+from lumina.parallel.optimizer import optimizer_of
 from lumina.parallel.pipeline import PipelineStage
 from lumina.parallel.stage import Conditions, Stage, cut, stage_costs
 
@@ -63,8 +64,11 @@ class Engine:
             for name, parameter in stage.model.named_parameters()
             if parameter.requires_grad
         ]
-        self._stage = stage
-        self._optimizer = _optimizer(trained, config, mesh)
+        self._stage, self._trained = stage, trained
+        self._optimizer = optimizer_of(trained, config, mesh)
+        self._finite, self._spoilt = True, torch.zeros((), device=mesh.device)
+        if mesh.tensor.rank > 0:
+            self._watch_replicated_gradients()
         if parallel.zero_stage == 3:
             # Blocks hand the weights of their norms to fused operations, past the norms' own forward, so that ZeRO 3
             # would meet them unannounced and gather each by itself: it gathers a whole block at once instead.
@@ -84,8 +88,10 @@ class Engine:
                 # DeepSpeed finds its groups by the methods of an "mpu", and takes the whole world without one.
                 mpu = _Groups(mesh) if mesh.world.size > 1 else None
                 self._engine, *_ = deepspeed.initialize(model=stage, mpu=mpu, **settings)
+        if parallel.zero_stage == 3:
+            self._optimizer.norm_in_fp64 = lambda: float(self._engine.optimizer._global_grad_norm)
         self.fragments: list[Fragment] = fragments_of(self._engine, trained)
-        self._replicated = parallel.zero_stage == 0
+        self._zero_stage = parallel.zero_stage
 
     @property
     def attention_backend(self) -> str:
@@ -95,7 +101,7 @@ class Engine:
     @property
     def owned(self) -> list[bool]:
         """For each fragment, whether it is this rank that writes it: one of those that hold the same."""
-        first_copy = self.mesh.gradient.rank == 0 or not self._replicated
+        first_copy = self.mesh.gradient.rank == 0 or self._zero_stage > 0
         return [first_copy and (f.part is not None or self.mesh.tensor.rank == 0) for f in self.fragments]
 
     def accumulate(
@@ -115,9 +121,12 @@ class Engine:
             The loss of the packs that this rank answers for: summed over all ranks, the global loss.
         """
         assert len(packs) == self._accumulation_steps
-        shares = self._run_pipeline(packs, noised, loss) if self._pipeline else self._run(packs, noised, loss)
+        self._spoilt.zero_()
+        run = self._run_pipeline if self._pipeline else self._run
+        shares = [float(share) for share in run(packs, noised, loss)]
+        self._finite = all(map(math.isfinite, shares))
         counted = self.mesh.sequence_parallel or self.mesh.tensor.rank == 0
-        return sum(float(share) for share in shares) if counted else 0.0
+        return sum(shares) if counted else 0.0
 
     def _run(self, packs: Sequence[Conditions], noised: Callable, loss: Callable) -> list[Tensor]:
         shares = []
@@ -149,19 +158,54 @@ class Engine:
         return share * self.mesh.gradient.size * self._accumulation_steps
 
     def step(self, learning_rate: float) -> StepOutcome:
-        """Clip and apply the gradients; on every rank alike a non-finite norm skips the step."""
+        """Clip and apply the gradients; all ranks skip the step where any has a loss or gradient that is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # The norm, which is everybody's, tells of gradients. A loss may be infinite and its gradients not.
+        self._optimizer.refused = self.mesh.any(not self._finite or not math.isfinite(float(self._spoilt)))
         if self._pipeline:
             self._engine._exec_optimizer_step()
         else:
             self._engine.step()
         optimizer = self._engine.optimizer
-        return StepOutcome(grad_norm=float(optimizer._global_grad_norm), skipped=bool(optimizer.overflow))
+        if optimizer.overflow and getattr(optimizer, "cpu_offload", False):
+            # DeepSpeed 0.19 lets go of gradients that it skips, but for those of ZeRO 2 with the optimizer on the CPU:
+            # the next ones would be added to them, and no step would be finite any more.
+            optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+        return StepOutcome(
+            grad_norm=float(optimizer._global_grad_norm), skipped=self._optimizer.skipped or bool(optimizer.overflow)
+        )
 
-    def close(self) -> None:
-        """Let go of hooks and process groups, so that another run can start in this process."""
+    def _watch_replicated_gradients(self) -> None:
+        """A replicated parameter counts in the norm on the first tensor-parallel rank alone: look here by ourselves."""
+
+        def look(gradient: Tensor) -> None:
+            self._spoilt.add_(torch.linalg.vector_norm(gradient, torch.inf) * 0)  # 0, or NaN
+
+        for entry in self._trained:
+            if entry.part is None:
+                entry.parameter.register_hook(look)
+
+    def held(self) -> Iterator[Held]:
+        """Everything that only a step of the optimizer changes, as this rank has it."""
+        replicated = self._zero_stage == 0
+        for fragment in self.fragments:
+            for kind, values in {"master": fragment.master, **self.moments(fragment)}.items():
+                yield Held(kind, fragment.name, values, replicated)
+        for entry in self._trained if self._zero_stage else ():
+            sharded = self._zero_stage == 3
+            values = entry.parameter.ds_tensor if sharded else entry.parameter.detach().view(-1)
+            yield Held("working copy", entry.name, values, replicated=not sharded)
+
+    def close(self, keep_groups: bool = False) -> None:
+        """Let go of hooks and process groups, so that another run can start in this process.
+
+        Args:
+            keep_groups: for another engine over the same mesh.
+        """
         self._engine.destroy()
+        if keep_groups:
+            return
         deepspeed.comm.destroy_process_group()
         # DeepSpeed keeps its backend, with the groups that are gone, and would use them for the next engine.
         deepspeed.comm.comm.cdb = None
@@ -175,7 +219,7 @@ class Engine:
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Adam's moments of a fragment, as flat views; made where no step was taken yet."""
-        state = self._state_of(fragment.flat)
+        state = self._optimizer.state_of(fragment.flat)
         return {name: fragment.view_in(state[name].view(-1)) for name in ("exp_avg", "exp_avg_sq")}
 
     def restore(self, read: Callable[[str, Fragment], Tensor], optimizer_steps: int) -> None:
@@ -205,14 +249,6 @@ class Engine:
             if kept := optimizer.persistent_parameters:  # small ones, which stay gathered
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
-
-    def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        state = self._optimizer.state[flat]
-        if not state:  # as torch's AdamW makes it at its first step
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(flat)
-            state["exp_avg_sq"] = torch.zeros_like(flat)
-        return state
 
 
 class _Groups:
@@ -245,49 +281,3 @@ def _pipeline_module(stage: PipelineStage, mesh: Mesh, loss: Callable[[Tensor, T
     for name, axis in (("pipe", mesh.pipeline), ("data", mesh.gradient), ("model", mesh.tensor)):
         assert axis.size == 1 or list(axis.ranks) in topology.get_axis_comm_lists(name), (name, axis.ranks)
     return PipelineModule(layers, topology=topology, loss_fn=loss, partition_method="uniform", dynamic_shape=True)
-
-
-def _optimizer(trained: list[Trained], config: Config, mesh: Mesh) -> torch.optim.AdamW:
-    train = config.train
-    settings = {
-        "lr": train.learning_rate,
-        "betas": train.betas,
-        "eps": train.adam_epsilon,
-        "weight_decay": train.weight_decay,
-    }
-    if config.parallel.zero_stage:
-        return torch.optim.AdamW([entry.parameter for entry in trained], **settings)
-    return ClippedAdamW(trained, mesh, clip_norm=train.clip_norm, **settings)
-
-
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that clips by global norm and skips non-finite steps, for ZeRO 0.
-
-    DeepSpeed's ZeRO optimizers do both; without them it would clip without telling the norm and write a NaN into
-    the weights. `_global_grad_norm` and `overflow` are the names under which it looks for an optimizer's findings.
-    """
-
-    def __init__(self, trained: list[Trained], mesh: Mesh, *, clip_norm: float, **settings):
-        self._parameters = [entry.parameter for entry in trained]
-        super().__init__(self._parameters, **settings)
-        # A replicated parameter counts once, a part of one on every rank: as in DeepSpeed's own norm, by its mark.
-        self._counted = [
-            p for p in self._parameters if getattr(p, "tensor_model_parallel", False) or mesh.tensor.rank == 0
-        ]
-        self._mesh, self._clip_norm = mesh, clip_norm
-        self._global_grad_norm = 0.0
-        self.overflow = False
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Gradients are already summed over the gradient axis, so its ranks find the same norm."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._counted if p.grad is not None])
-        if self._mesh.weights.size > 1:
-            square = norm.to(self._mesh.device, torch.float32).square()
-            dist.all_reduce(square, group=self._mesh.weights.group)
-            norm = square.sqrt()
-        self._global_grad_norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
-        if not self.overflow:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
-            super().step()

@@ -70,6 +70,19 @@ class Fragment:
         return self.part.stop - self.part.start
 
 
+class Held(NamedTuple):
+    """Values that stay as they are from one step of the optimizer to the next."""
+
+    kind: str
+    """master, exp_avg, exp_avg_sq, ema, or working copy: what forward passes use where that is not the master."""
+    name: str
+    """Of the parameter."""
+    values: Tensor
+    """Flat: this rank's."""
+    replicated: bool
+    """Whether all ranks of the gradient axis hold the same."""
+
+
 def fragments_of(engine: Any, trained: Iterable[Trained]) -> list[Fragment]:
     """The fragments that this rank owns of the parameters of a DeepSpeed engine, in the order of `trained`."""
     stage = engine.zero_optimization_stage()

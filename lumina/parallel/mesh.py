@@ -122,7 +122,7 @@ class Mesh:
         dist.gather_object(value, values)
         return values
 
-    def from_first(self, value: T) -> T:
+    def from_first(self, value: T | None) -> T:
         """What the first process gives, on all; small and picklable."""
         box = [value]
         dist.broadcast_object_list(box, src=0)

@@ -15,7 +15,7 @@ from lumina.train.prepare import Encoded, Preparer, TrainingPack
 
 @dataclass(frozen=True)
 class StepData:
-    """This rank's part of a global batch. `state_after` is known to the leader of a replica alone."""
+    """This rank's part of a global batch; of one passed over, nothing. The leader of a replica knows `state_after`."""
 
     packs: list[TrainingPack]
     global_samples: int
@@ -77,6 +77,13 @@ class Feed:
             ]
             state = batch.state_after if batch is not None else None
             yield StepData(packs, outline.global_samples, outline.epoch, outline.bad, state)
+
+    def pass_over(self) -> StepData:
+        """The next step's data, without any: its samples are not read. Not while this is iterated."""
+        if not self._mesh.leads_replica:
+            return StepData([], 0, 0, 0, None)
+        batch = self._loader.pass_over()
+        return StepData([], 0, batch.state_after.epoch, batch.bad, batch.state_after)
 
     def _read(self, batches: Iterator[Batch]) -> tuple[Batch, list[Encoded], _Outline]:
         try:

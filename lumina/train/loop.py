@@ -1,7 +1,7 @@
 """The life of a run: assemble, resume, step, save, show."""
 
+import gc
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,62 +22,57 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import forward_flops
 from lumina.model.pretrained import check_fit
-from lumina.parallel.engine import Engine
+from lumina.parallel.engine import Engine, StepOutcome
 from lumina.parallel.layout import check_layout, describe
 from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, open_mesh
 from lumina.parallel.randomness import Randomness
 from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.feed import Feed
+from lumina.train.health import Health
 from lumina.train.initial import Start
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
 from lumina.train.preview import check_preview, draw_preview
 from lumina.train.schedule import learning_rate
-from lumina.train.step import train_step
+from lumina.train.step import StepResult, train_step
+from lumina.train.stop import StopFile, StopSignals
+
+_LEFT_OUT = StepResult(math.nan, StepOutcome(math.nan, skipped=True))
 
 
-def train(config: Config) -> None:
+def train(config: Config, signals: StopSignals | None = None) -> None:
     """Run `config` to its last step, from its newest checkpoint if it has one.
+
+    Args:
+        signals: entered already; by default SIGTERM and Ctrl-C are heeded from here on.
 
     Raises:
         ValueError: for whatever in the configuration, the data or the run's folder does not fit; nothing is then
             written.
-        RuntimeError: where too many steps in a row are not finite.
+        RuntimeError: where too many steps in a row are not finite, or bits have flipped.
     """
-    model = model_config(config)
-    check_layout(config, model, World.from_environment().size)
-    mesh = open_mesh(config.parallel)
+    with ExitStack() as stack:
+        signals = signals or stack.enter_context(StopSignals())
+        model = model_config(config)
+        check_layout(config, model, World.from_environment().size)
+        mesh = open_mesh(config.parallel)
+        stack.callback(close_mesh, mesh)
+        rollbacks = 0
+        while not _run_from_newest(config, model, mesh, signals, again=rollbacks > 0):
+            rollbacks += 1
+            gc.collect()  # what hooks and modules hold of the engine that is gone
+
+
+def _run_from_newest(config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals, *, again: bool) -> bool:
+    """As `Trainer.run`."""
+    trainer, done = Trainer(config, model, mesh, signals), True
     try:
-        with StopSignals() as signals:
-            trainer = Trainer(config, model, mesh, signals)
-            try:
-                trainer.run()
-            finally:
-                trainer.saver.close()
-                trainer.engine.close()
+        done = trainer.run(again)
     finally:
-        close_mesh(mesh)
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C, from the first moment of a run: the step at hand is finished and saved."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
-        self.asked = True
+        trainer.saver.close()
+        trainer.engine.close(keep_groups=not done)
+    return done
 
 
 class Trainer:
@@ -147,15 +142,24 @@ class Trainer:
         self._notes += start.said
         return model, start
 
-    def run(self) -> None:
-        """From the present step to the last."""
+    def run(self, again: bool) -> bool:
+        """From the present step to the last, or to where it is asked to stop.
+
+        Args:
+            again: after another trainer of this process, which went back: whoever asked that one to stop asks this.
+
+        Returns:
+            False where the run has to go back to its newest checkpoint, by another trainer.
+        """
         with ExitStack() as stack:
             first_then_others(self.mesh, lambda first: stack.enter_context(run_folder(self.run_dir)) if first else None)
             if self.mesh.is_first and self.step < self.config.train.steps:
                 replace_text(self.run_dir / "config.yaml", dump_config(self.config))
             metrics = stack.enter_context(Metrics(self.config, self.step + 1, enabled=self.mesh.is_first))
             self._introduce(metrics)
-            self._train(metrics)
+            if self.mesh.is_first and not again and self.stop_file.asked():
+                metrics.say(self.stop_file.remove() or f"{self.stop_file.path} was there before the start: removed")
+            return self._train(metrics)
 
     def _introduce(self, metrics: Metrics) -> None:
         plan, parts = self.parts.plan, self.parts
@@ -174,31 +178,51 @@ class Trainer:
         elif self.step:
             metrics.say(f"resuming {self.run_dir} after step {self.step}")
 
-    def _train(self, metrics: Metrics) -> None:
+    def _train(self, metrics: Metrics) -> bool:
+        """As `run`."""
         config, skipped_in_a_row, save_seconds = self.config, 0, 0.0
+        health = Health(config, self.mesh, self.engine, self.ema, self.step)
         steps = iter(self.feed)
         while self.step < config.train.steps:
             self.step += 1
             started = time.perf_counter()
-            data = next(steps)
+            left_out = health.leaves_out(self.step)
+            if left_out:
+                steps.close()
+                data, steps = self.feed.pass_over(), iter(self.feed)
+            else:
+                data = next(steps)
             packs = data.packs
             data_seconds = time.perf_counter() - started
             rate = learning_rate(config.train, self.step)
-            result = train_step(
-                self.engine,
-                self.ema,
-                self.parts.objective,
-                packs,
-                global_samples=data.global_samples,
-                learning_rate=rate,
-                step=self.step,
-            )
+            result = _LEFT_OUT
+            if not left_out:
+                result = train_step(
+                    self.engine,
+                    self.ema,
+                    self.parts.objective,
+                    packs,
+                    global_samples=data.global_samples,
+                    learning_rate=rate,
+                    step=self.step,
+                    before_update=health.before_update,
+                )
+                health.after_update()
+            skipped = result.outcome.skipped
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             flops = sum(self._flops(pack) for pack in packs)
             # What is said of whole packs is said once for all ranks that work on them.
             of_packs = [tokens, flops, data.bad] if self.mesh.leads_replica else [0, 0, 0]
-            mine = [result.loss_share, self.signals.asked, self.saver.ready, *of_packs]
-            loss, stop, savers_ready, tokens, flops, bad = self.mesh.sum(mine)
+            # The norm is everybody's, but who decides by it must have it to the last bit.
+            of_first = [result.outcome.grad_norm, self.stop_file.asked()] if self.mesh.is_first else [0, 0]
+            of_rank = [result.loss_share, self.signals.asked, health.found, self.saver.ready]
+            loss, signalled, found, ready, norm, asked, tokens, flops, bad = self.mesh.sum(
+                [*of_rank, *of_first, *of_packs]
+            )
+            stop, last = signalled or asked, self.step == config.train.steps
+            saves = stop or last or (not left_out and self.step % config.checkpoint.every == 0)
+            spike = not skipped and health.is_spike(loss, norm)
+            health.examine(self.step, found, compare=saves or skipped or spike)
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
             peak = peak_tflops(config, self.mesh.device)
@@ -206,7 +230,7 @@ class Trainer:
                 StepMetrics(
                     step=self.step,
                     loss=loss if math.isfinite(loss) else None,
-                    grad_norm=result.outcome.grad_norm if math.isfinite(result.outcome.grad_norm) else None,
+                    grad_norm=norm if math.isfinite(norm) else None,
                     lr=rate,
                     samples=data.global_samples,
                     tokens=int(tokens),
@@ -214,24 +238,31 @@ class Trainer:
                     tokens_per_second=tokens / seconds,
                     tflops_per_device=tflops,
                     mfu=tflops / peak if peak else None,
-                    skipped=result.outcome.skipped,
+                    skipped=skipped,
                     epoch=data.epoch,
                     data_seconds=data_seconds,
                     save_seconds=save_seconds,
                     bad_samples=int(bad),
+                    spike=spike,
+                    left_out=left_out,
                 )
             )
-            skipped_in_a_row = skipped_in_a_row + 1 if result.outcome.skipped else 0
+            if not left_out:
+                skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
             if skipped_in_a_row >= config.train.skipped_steps_limit:
                 raise RuntimeError(
                     f"{skipped_in_a_row} steps in a row (to step {self.step}) had a loss or gradients that are not "
                     "finite and were skipped; lower train.learning_rate or look at the data, then resume"
                 )
             saving = time.perf_counter()
-            if problem := self.saver.advance(savers_ready == self.mesh.world.size):
-                metrics.say(problem)
-            last = self.step == config.train.steps
-            if stop or last or self.step % config.checkpoint.every == 0:
+            metrics.say(self.saver.advance(ready == self.mesh.world.size))
+            if spike:
+                metrics.say(self.saver.wait())  # it may be what is gone back to
+                if health.must_go_back(self.step, metrics.say):
+                    if stop:
+                        self._stopped(metrics, "nothing to save")
+                    return bool(stop)
+            if saves:
                 self._save(data.state_after, metrics, wait=bool(stop) or last)
             save_seconds = time.perf_counter() - saving
             if config.preview.every and (last or self.step % config.preview.every == 0):
@@ -239,8 +270,18 @@ class Trainer:
             if last and skipped_in_a_row:
                 metrics.say(f"the last {skipped_in_a_row} steps were not finite and were skipped: look at the loss")
             if stop:
-                metrics.say(f"asked to stop: saved after step {self.step}; the same command goes on from there")
-                return
+                self._stopped(metrics, f"saved after step {self.step}")
+                return True
+        return True
+
+    def _stopped(self, metrics: Metrics, what: str) -> None:
+        metrics.say(f"asked to stop: {what}; the same command goes on from there")
+        if self.mesh.is_first and (problem := self.stop_file.remove()):
+            metrics.say(problem)
+
+    @property
+    def stop_file(self) -> StopFile:
+        return StopFile(self.run_dir)
 
     def _flops(self, pack: TrainingPack) -> int:
         captions = pack.captions.lengths if pack.captions is not None else ()
@@ -254,8 +295,7 @@ class Trainer:
             data={} if data is None else data.to_dict(),
             model=self.parts.model.to_dict(),
         )
-        if problem := self.saver.start(state, self._pieces()):
-            metrics.say(problem)
+        metrics.say(self.saver.start(state, self._pieces()))
         if wait:
             self.saver.finish()
 

@@ -21,6 +21,8 @@ from lumina.config.schema import Config
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+METRICS = "metrics.jsonl"
+
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -53,6 +55,8 @@ class StepMetrics:
     data_seconds: float
     save_seconds: float  # for which saving held training up since the line before
     bad_samples: int
+    spike: bool
+    left_out: bool  # by a rollback; such a step is skipped, and all its counts are 0
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:
@@ -76,7 +80,7 @@ class Metrics:
         if not enabled:
             return
         run_dir = Path(config.run.dir)
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < first_step]
             replace_text(self._path, "".join(f"{line}\n" for line in kept))
@@ -119,8 +123,8 @@ class Metrics:
             self._wandb.finish(exit_code=int(kind is not None))
 
     def say(self, text: str) -> None:
-        """A sentence for the person who watches, above the progress line."""
-        if self._enabled:
+        """A sentence for the person who watches, above the progress line; nothing, where it is empty."""
+        if self._enabled and text:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def write(self, metrics: StepMetrics) -> None:
@@ -176,6 +180,7 @@ class Metrics:
 
     def _show(self, metrics: StepMetrics) -> None:
         loss = "not finite, skipped" if metrics.loss is None else f"{metrics.loss:.4f}"
+        loss = "left out" if metrics.left_out else loss
         line = f"loss {loss} · {metrics.tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=metrics.step, line=line)
         if self._console.is_terminal:

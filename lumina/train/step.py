@@ -1,6 +1,6 @@
 """One training step of flow matching (arXiv 2405.05945, section 2.1; SiT, arXiv 2401.08740)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -29,6 +29,7 @@ def train_step(
     global_samples: int,
     learning_rate: float,
     step: int,
+    before_update: Callable[[], object] = lambda: None,
 ) -> StepResult:
     """Loss, gradients and update from this rank's packs of one global batch.
 
@@ -44,6 +45,7 @@ def train_step(
         return pack.per_sample(errors).sum() / global_samples
 
     loss_share = engine.accumulate(packs, noised, loss)
+    before_update()
     outcome = engine.step(learning_rate)
     if not outcome.skipped:
         ema.update(step)
