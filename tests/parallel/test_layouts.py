@@ -154,12 +154,12 @@ def _write_again_and_train(rank: int, tree: dict, again) -> None:
     from lumina.train import loop
 
     class WritesAgain(loop.Trainer):
-        def run(self):
+        def run(self, again):
             if self.step:
                 run_dir, self.saver._run_dir = self.saver._run_dir, again
                 self._save(None, None, wait=True)
                 self.saver._run_dir = run_dir
-            super().run()
+            return super().run(again)
 
     loop.Trainer = WritesAgain
     train_tree(rank, tree)
