@@ -157,7 +157,7 @@ def _write_again_and_train(rank: int, tree: dict, again) -> None:
         def run(self, again):
             if self.step:
                 run_dir, self.saver._run_dir = self.saver._run_dir, again
-                self._save(None, None, wait=True)
+                self._save(None, loop.Metrics(self.config, self.step, enabled=False), wait=True)
                 self.saver._run_dir = run_dir
             return super().run(again)
 
