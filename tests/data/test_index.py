@@ -22,8 +22,10 @@ from lumina.data.shard_index import (
     COLUMNS,
     KINDS,
     SAMPLE_COLUMNS,
+    UNREADABLE,
     DamagedIndexError,
     ShardHeader,
+    ShardIndex,
     _histogram,
     index_path,
     open_header,
@@ -160,6 +162,29 @@ def test_labels_alone_are_enough_and_bad_metadata_waits_for_the_loader(make_samp
     index = Index.open([tar_of(tmp_path / "u.tar", members)])
     assert index.column("height").tolist() == [0, 8]
     assert index.column("caption_length").tolist() == [0, 0]
+
+
+def test_a_json_that_does_not_read_is_one_bad_sample(make_sample, tmp_path: Path) -> None:
+    """... and not a shard cut in two, as it has neither what the others have, nor says that it lacks it."""
+
+    def opened(*contents: bytes) -> ShardIndex:
+        members = [
+            (f"{i}.{ext}", data) for i, json in enumerate(contents) for ext, data in (("png", b""), ("json", json))
+        ]
+        build_index(tar_of(tmp_path / "t.tar", members))
+        return open_index(tmp_path / "t.tar")
+
+    labelled = opened(b'{"label": 4}', b"{", b'{"label": "four"}', b'{"label": 2, "caption": 5}')
+    assert labelled.columns["caption_length"].tolist() == [-1] * 4
+    assert labelled.columns["label"].tolist() == [4, UNREADABLE, UNREADABLE, 2]
+    assert (labelled.header.uncaptioned, labelled.header.unlabeled, labelled.header.labels) == (4, 0, (2, 4))
+    captioned = opened(b"{", b'{"caption": "four"}', b'{"caption": 4}')
+    assert captioned.columns["caption_length"].tolist() == [0, 4, 0]
+    assert (captioned.header.uncaptioned, captioned.header.unlabeled, captioned.header.labels) == (0, 2, None)
+    with pytest.raises(ValueError, match=r"sample 2 of .* has a picture and no caption while others have one"):
+        opened(b"{", b'{"caption": "four"}', b'{"label": 4}')
+    with pytest.raises(ValueError, match=r"sample 1 of .* has a picture and neither caption nor label"):
+        opened(b"{", b"{}")
 
 
 def test_sizes_are_those_after_exif_rotation(tmp_path: Path) -> None:

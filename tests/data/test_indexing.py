@@ -175,6 +175,18 @@ def test_workers_index_and_go_on(make_shards) -> None:
         index_shards([folder], workers=0)
 
 
+def test_one_shard_under_two_names(make_shards) -> None:
+    folder = make_shards(12, per_shard=5)
+    (folder / "b.tar").write_bytes((folder / "a-000001.tar").read_bytes())
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"^shards .*/a-000001.tar and .*/b.tar hold the same bytes; name one of"):
+            index_shards([folder], workers=workers)
+    assert index_path(folder / "b.tar").is_file()
+    (folder / "b.tar").unlink()
+    (folder / "b.index.safetensors").unlink()
+    assert index_shards([folder]) == 12
+
+
 def test_a_set_that_is_all_bad_is_given_up(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_shards(6, per_shard=1)
     monkeypatch.setattr("lumina.data.indexing._MOST_FAILURES", 3)

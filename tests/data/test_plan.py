@@ -218,6 +218,9 @@ def test_stages_change_lengths_and_nothing_else():
         ({"weights": [0.0]}, "each of 1 data sets needs a weight above 0, not \\[0.0\\]"),
         ({"weights": [1.0, 2.0]}, "each of 1 data sets needs a weight"),
         ({"sets": [[0]]}, "a data set holds no samples"),
+        ({"sets": [[5], [5]], "weights": [1e308, 1e308]}, "data.sets: the weights .* are too large, or too far apart"),
+        ({"sets": [[5], [5]], "weights": [1e-9, 1e12]}, "data.sets: the weights .* are too large, or too far apart"),
+        ({"sets": [[5], [5]], "weights": [1e12, 1e-9]}, "data.sets: the weights .* are too large, or too far apart"),
     ],
 )
 def test_what_cannot_be_planned(change, sentence):
