@@ -1,9 +1,9 @@
 """Making indexes: where they are put, from what, and by how many processes and hosts."""
 
+import contextlib
 import hashlib
+import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from lumina.cli import main
 from lumina.data.find import find_shards
 from lumina.data.indexing import build_index, index_shards
+from lumina.data.processes import Report, run_jobs
 from lumina.data.shard_index import (
     index_path,
     index_path_in,
@@ -198,15 +199,23 @@ def test_a_set_that_is_all_bad_is_given_up(make_shards, monkeypatch: pytest.Monk
     assert seen == [1, 2]
 
 
+def said_by(command: list[str], _: Report) -> tuple[str, int]:
+    """What the command prints, and the process that it ran in."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(command) == 0
+    return said.getvalue(), os.getpid()
+
+
 def test_two_hosts_index_one_folder(make_shards, tmp_path: Path) -> None:
     folder = make_shards(40, per_shard=2)
     indexes = sorted(folder.glob("*.safetensors"))
     expected = [path.read_bytes() for path in indexes]
     for path in indexes:
         path.unlink()
-    command = [sys.executable, "-m", "lumina", "data", "index", str(folder), "--workers", "1"]
-    hosts = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [host.communicate()[0] for host in hosts] == ["40 samples indexed\n"] * 2
+    command = ["data", "index", str(folder), "--workers", "1"]
+    hosts = dict(run_jobs(said_by, [command, command], 2, lambda count: None))
+    assert {said for said, _ in hosts.values()} == {"40 samples indexed\n"}
+    assert len({process for _, process in hosts.values()}) == 2
     assert [path.read_bytes() for path in indexes] == expected
     assert len(list(folder.iterdir())) == 40
 
