@@ -188,13 +188,11 @@ def killed_trainer(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     return [[int(word) for word in line.split()] for line in (folder / "said").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_packs_that_end_and_one_thread_a_worker(killed_trainer) -> None:
     """As many threads as cores in each of as many workers would only get into each other's way."""
     assert killed_trainer[0] == [2, 1, 1]
 
 
-@pytest.mark.slow
 def test_a_killed_trainer_leaves_no_workers(killed_trainer) -> None:
     workers = [Path(f"/proc/{pid}") for pid in killed_trainer[1]]
     assert len(workers) == 2
