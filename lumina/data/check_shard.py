@@ -16,7 +16,15 @@ import numpy as np
 from lumina.data.decode import BadSampleError, verify
 from lumina.data.indexing import build_index
 from lumina.data.processes import Report
-from lumina.data.shard_index import KINDS, DamagedIndexError, ShardIndex, index_path, open_index, parse_header
+from lumina.data.shard_index import (
+    KINDS,
+    UNREADABLE,
+    DamagedIndexError,
+    ShardIndex,
+    index_path,
+    open_index,
+    parse_header,
+)
 from lumina.data.sources import LocalSource, source_of
 from lumina.data.tarwalk import TarWalk
 
@@ -198,6 +206,9 @@ def _check_facts(index: ShardIndex, names: Sequence[str], result: ShardResult, d
     unread = [names[row] for row in np.flatnonzero(bad).tolist()]
     if unread and not decoded:
         result.add("error", "samples whose header does not read", _LEAVE, unread)
+    unread = [names[row] for row in np.flatnonzero(columns["label"] == UNREADABLE).tolist()]
+    if unread and not decoded:
+        result.add("error", "samples whose .json, or the label in it, does not read", _LEAVE, unread)
 
 
 def _decode_all(index: ShardIndex, shard: Path, names: Sequence[str], result: ShardResult, report: Report) -> None:

@@ -184,6 +184,7 @@ class Index:
         self.starts = [starts[first : stop + 1] for first, stop in pairwise(edges)]
         self.weights = list(weights)
         self.reader = ShardReader(self.shards, starts, access or Access())
+        self._edges = edges
         self.contents = _contents(self.shards)
 
     @classmethod
@@ -223,6 +224,11 @@ class Index:
 
     def __len__(self) -> int:
         return int(self.reader.starts[-1])
+
+    def contents_of(self, number: int) -> Contents:
+        """What is in data set `number`."""
+        first, stop = self._edges[number : number + 2]
+        return self.contents if len(self.starts) == 1 else _contents(self.shards[first:stop])
 
     def shapes(self, ids: np.ndarray) -> Shapes:
         """Shapes of samples, int64 ids (n,)."""

@@ -26,6 +26,7 @@ from lumina.data.shard_index import (
     KINDS,
     MEMBER_COLUMNS,
     SAMPLE_COLUMNS,
+    UNREADABLE,
     index_path,
     index_path_in,
     open_index,
@@ -137,7 +138,8 @@ def index_shards(
         Number of samples in all the shards.
 
     Raises:
-        ValueError: a shard is missing or damaged. The others are indexed all the same, until twenty have failed.
+        ValueError: a shard is missing or damaged, or two hold the same bytes. The others are indexed all the same,
+            until twenty have failed.
         RuntimeError: a process died.
     """
     if workers < 1:
@@ -146,7 +148,7 @@ def index_shards(
     if workers > 1:
         # Several hosts that index one folder should not all be at the same shard.
         random.SystemRandom().shuffle(shards)
-    samples, failures = 0, {}
+    samples, failures, first_with = 0, {}, {}
     results = run_jobs(partial(_index_one, index_dir=index_dir), shards, workers, lambda _: None)
     for done, (number, result) in enumerate(results, 1):
         if isinstance(result, str):
@@ -154,18 +156,23 @@ def index_shards(
             if len(failures) == _MOST_FAILURES:
                 break
         else:
-            samples += result
+            samples += result[0]
+            first_with.setdefault(result[1], []).append(shards[number])
         if progress is not None:
             progress(done, len(shards))
     if failures:
         others = len(failures) - 1
         more = f" ({others} more of {len(shards)} shards cannot be indexed)" if others else ""
         raise ValueError(failures[min(failures)] + more)
+    for same in first_with.values():
+        if len(same) > 1:
+            first, second = sorted(map(str, same))[:2]
+            raise ValueError(f"shards {first} and {second} hold the same bytes; name one of them")
     return samples
 
 
-def _index_one(shard: Source, _: Report, index_dir: str | Path | None) -> int | str:
-    """The number of its samples, or what is wrong with it."""
+def _index_one(shard: Source, _: Report, index_dir: str | Path | None) -> tuple[int, str] | str:
+    """The number of its samples and its SHA-256, or what is wrong with it."""
     try:
         opened = open_index(shard, index_dir)
         if opened is None:
@@ -175,7 +182,7 @@ def _index_one(shard: Source, _: Report, index_dir: str | Path | None) -> int | 
         return str(error)
     if opened is None:
         return f"shard {shard} changed while it was indexed; index it again when it is complete"
-    return len(opened)
+    return len(opened), opened.header.shard_sha256
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,7 @@ def _scan(source: Source) -> _Scanned:
             )
         seen.add(key)
         facts = _facts(source, key, {extension: member.data for extension, member in members})
-        if facts.caption_length < 0:
+        if facts.caption_length == -1:
             uncaptioned = uncaptioned or key
         for name in SAMPLE_COLUMNS:
             lists[name].append(getattr(facts, name))
@@ -231,6 +238,9 @@ def _scan(source: Source) -> _Scanned:
             f"sample {uncaptioned} of shard {source} has a {noun} and no caption while others have one; "
             "was the shard cut between two members?"
         )
+    # A caption that might stand in a broken .json is taken for what the others have: the sample is bad, not the shard.
+    unread = -1 if uncaptioned is not None else 0
+    lists["caption_length"] = [unread if length == UNREADABLE else length for length in lists["caption_length"]]
     columns = {name: np.array(values, dtype=COLUMNS[name]) for name, values in lists.items()}
     columns |= {"key_start": np.array(key_start, np.int64), "member_start": np.array(member_start, np.int64)}
     columns["key_bytes"] = np.frombuffer(bytes(key_bytes), np.uint8)
@@ -271,19 +281,19 @@ def _facts(source: Source, key: str, contents: Mapping[str, bytes]) -> _Facts:
     try:
         fields = parse_json(contents)
     except BadSampleError:
-        facts.caption_length = 0
+        facts.caption_length, facts.label = 0 if featured or "txt" in contents else UNREADABLE, UNREADABLE
         return facts
     try:
         caption = caption_of(contents, fields)
         facts.caption_length = len(caption) if caption is not None else 0 if featured else -1
     except BadSampleError:
-        facts.caption_length = 0
+        facts.caption_length = 0 if "txt" in contents else UNREADABLE
     try:
         label = label_of(fields)
         facts.label = -1 if label is None else label
     except BadSampleError:
-        facts.label = -1
-    if facts.caption_length < 0 and facts.label < 0 and fields.get("label") is None:
+        facts.label = UNREADABLE
+    if facts.caption_length == facts.label == -1:
         raise ValueError(f"sample {key} of shard {source} has a {_NOUNS[kind]} and neither caption nor label")
     return facts
 

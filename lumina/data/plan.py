@@ -113,10 +113,16 @@ class Plan:
                 raise ValueError("there is nothing to plan: a data set holds no samples")
         if len(weights) != len(starts) or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"each of {len(starts)} data sets needs a weight above 0, not {list(weights)}")
+        shares = thresholds(weights) if sum(weights) < float("inf") else []
+        if len({0, *shares}) <= len(weights):
+            raise ValueError(
+                f"data.sets: the weights {list(weights)} are too large, or too far apart for each to be drawn from; "
+                "give numbers such as those of their samples"
+            )
         self.tokens_per_pack, self.global_batch_packs, self.lanes = tokens_per_pack, global_batch_packs, lanes
         self.window, self.sets = window, len(starts)
         self._orders = [SetOrder(edges, lanes, window, seed, i) for i, edges in enumerate(starts)]
-        self._thresholds, self._tokens_of, self._seed = thresholds(weights), tokens_of, seed
+        self._thresholds, self._tokens_of, self._seed = shares, tokens_of, seed
         self._stage_of = stage_of
         self._live: tuple[DataState, int, list[Lane]] | None = None
 

@@ -30,6 +30,8 @@ SAMPLE_COLUMNS = {
     "caption_length": np.int32,
     "label": np.int64,
 }
+UNREADABLE = -2
+"""In the column `label`: there may be one, but it or its .json does not read. -1 is none, as of `caption_length`."""
 MEMBER_COLUMNS = {"extension": np.int16, "offset": np.int64, "size": np.int64, "crc32": np.uint32}
 # Where the samples' keys (UTF-8, one after another) and members begin; one entry more than there are samples.
 _START_COLUMNS = {"key_start": np.int64, "member_start": np.int64}
@@ -318,7 +320,7 @@ def write_index(
         "identity": identity,
         "extensions": list(extensions),
         "uncaptioned": int((columns["caption_length"] < 0).sum()),
-        "unlabeled": int((columns["label"] < 0).sum()),
+        "unlabeled": int((columns["label"] == -1).sum()),
         "labels": [int(labels.min()), int(labels.max())] if len(labels) else None,
         "shapes": _histogram(columns),
         "sums": {name: column_sum(columns[name]) for name in COLUMNS},

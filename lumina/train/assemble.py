@@ -4,6 +4,7 @@ import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from lumina.checkpoint.manifest import checkpoints_of
 from lumina.config.schema import Config, DataConfig
-from lumina.data.index import Access, DataSet, Index
+from lumina.data.index import Access, Contents, DataSet, Index
 from lumina.data.plan import Plan
 from lumina.data.shard_index import ShardIndex
 from lumina.data.sizing import AUDIO, LATENT, Shapes, Sizing, Stage
@@ -76,7 +77,7 @@ def assemble(config: Config, model: FlagDiTConfig, mesh: Mesh, lanes: int | None
     index = open_index(config.data, mesh)
     sizing = sizing_of(config, model, vae)
     plan = plan_of(config, model, vae, index, sizing, lanes)
-    _check_conditions(index, model)
+    check_conditions(index, model)
     return Parts(model, objective, vae, text, index, plan, sizing, accumulation_steps(config, mesh.data.size))
 
 
@@ -137,7 +138,7 @@ def plan_of(
 def _checked_lengths(
     index: Index, sizing: Sizing, config: Config, model: FlagDiTConfig, vae: Vae
 ) -> Callable[[np.ndarray, int], np.ndarray]:
-    """(ids, step) → lengths in tokens. A sample of unknown size is planned as long as the median of the others.
+    """(ids, step) → lengths in tokens. A sample of unknown size is planned as long as the median of its own set.
 
     Raises:
         ValueError: where no sample can be used, one is longer than a pack, or of a kind that is not trained on.
@@ -154,11 +155,11 @@ def _checked_lengths(
         tokens = token_count(frames, rows, columns, model.patch_size, model.text_conditional)
         return np.where(frames > 0, tokens, 0)
 
-    medians = []
+    known = True
     for number in range(len(sizing.stages)):
         tokens = lengths(shapes, number)
-        usable = tokens > 0
-        if not usable.any():
+        known &= bool((tokens > 0).all())
+        if not tokens.any():
             raise ValueError(f"none of {len(index)} samples can be used: each is unreadable or smaller than one patch")
         too_long = tokens > config.train.tokens_per_pack
         if too_long.any():
@@ -169,31 +170,48 @@ def _checked_lengths(
                 f"{config.train.tokens_per_pack}: one of {frames} × {height} × {width} (frames, height, width) has "
                 f"{tokens[worst]} tokens; set it to at least {tokens[worst]}, or lower data.resolution or data.frames"
             )
-        order = tokens[usable].argsort()
-        middle = np.searchsorted(counts[usable][order].cumsum(), counts[usable].sum() / 2)
-        medians.append(tokens[usable][order][middle])
+    if known:
+        return lambda ids, step: lengths(index.shapes(ids), sizing.stage_of(step))
+    medians = [_medians(index, partial(lengths, stage=stage)) for stage in range(len(sizing.stages))]
+    firsts = np.array([starts[0] for starts in index.starts])
 
     def tokens_of(ids: np.ndarray, step: int) -> np.ndarray:
         stage = sizing.stage_of(step)
         tokens = lengths(index.shapes(ids), stage)
-        return np.where(tokens > 0, tokens, medians[stage])
+        return np.where(tokens > 0, tokens, medians[stage][np.searchsorted(firsts, ids, side="right") - 1])
 
     return tokens_of
 
 
-def _check_conditions(index: Index, model: FlagDiTConfig) -> None:
-    """Refuse a data set that lacks what the model is conditioned on."""
+def _medians(index: Index, lengths: Callable[[Shapes], np.ndarray]) -> np.ndarray:
+    """Of each set the median length of those whose length is known; that of all where a set has none."""
+
+    def median(contents: Contents) -> int:
+        tokens = lengths(contents.shapes)
+        order = tokens.argsort()
+        order = order[tokens[order] > 0]
+        if not len(order):
+            return 0
+        counts = contents.counts[order].cumsum()
+        return int(tokens[order][np.searchsorted(counts, counts[-1] / 2)])
+
+    of_sets = [median(index.contents_of(number)) for number in range(len(index.starts))]
+    return np.array([own or median(index.contents) for own in of_sets])
+
+
+def check_conditions(index: Index, model: FlagDiTConfig) -> None:
+    """Refuse, by `ValueError`, a data set that lacks what the model is conditioned on."""
     if model.text_conditional:
         count, what = index.contents.uncaptioned, "has no caption, on which the model is conditioned"
-        missing = index.find(lambda table: table.columns["caption_length"] < 0) if count else None
+        missing = index.find(lambda table: table.columns["caption_length"] == -1) if count else None
     else:
         labels, what = index.contents.labels, f"has no label from 0 to {model.num_classes - 1}"
         what += f", which model.num_classes={model.num_classes} asks for"
-        outside = labels is None or labels[0] < 0 or labels[1] >= model.num_classes
+        outside = labels is None or labels[1] >= model.num_classes
         wrong = index.contents.unlabelled or outside
 
         def unfit(table: ShardIndex) -> np.ndarray:
-            return (table.columns["label"] < 0) | (table.columns["label"] >= model.num_classes)
+            return (table.columns["label"] == -1) | (table.columns["label"] >= model.num_classes)
 
         missing = index.find(unfit) if wrong else None
     if missing is not None:

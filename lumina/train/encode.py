@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import os
 import secrets
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from lumina.checkpoint.load import model_config
 from lumina.config.load import load_config
+from lumina.config.schema import Config
 from lumina.data.decode import BadSampleError, pixels_of
 from lumina.data.index import Index
 from lumina.data.lanes import PlannedSample
 from lumina.data.loader import bad_budget
-from lumina.data.shard_index import index_path
+from lumina.data.shard_index import index_path, parse_header
 from lumina.data.sizing import LATENT, Sizing
+from lumina.data.sources import LocalSource
 from lumina.data.workers import PackDecoder, RawSample, Request, decoded_in_order
 from lumina.data.write import write_shard
 from lumina.encoders.text import TextEncoder, build_text_encoder
@@ -66,7 +69,7 @@ class ShardEncoder:
         }
 
     def encode(self, shard: int, out: Path, left_out: Callable[[str, str], object]) -> int:
-        """Write shard number `shard` to `out`, and its index beside it; both appear when they are whole.
+        """Write shard number `shard` to `out`, and its index beside it when that is whole; neither if all are bad.
 
         Args:
             left_out: called with the key of each sample that cannot be read and the reason.
@@ -82,7 +85,9 @@ class ShardEncoder:
                 written += 1
                 yield sample
 
-        write_shard(out, counted())
+        samples = counted()
+        if (first := next(samples, None)) is not None:
+            write_shard(out, itertools.chain([first], samples))
         return written
 
     def _samples(self, shard: int, left_out: Callable[[str, str], object]) -> Iterator[dict[str, Any]]:
@@ -96,7 +101,8 @@ class ShardEncoder:
                 if bad := next((view for view in views[i] if isinstance(view, str)), None):
                     left_out(self._index.key(i), bad)
                     del views[i]
-            yield from self._encoded(views)
+            if views:
+                yield from self._encoded(views)
 
     def _requests(self, ids: list[int]) -> list[Request]:
         shapes = self._index.shapes(np.array(ids))
@@ -157,9 +163,11 @@ def encode(arguments: argparse.Namespace) -> None:
     """The verb: this rank's share of the shards, those that are not there yet.
 
     Raises:
-        ValueError: the folder holds what other encoders or data made, or more samples cannot be read than
-            data.bad_samples allows.
+        ValueError: the folder cannot be written, or holds what other encoders or data made, or something else; or
+            more samples cannot be read than data.bad_samples allows.
     """
+    if arguments.crops < 1:
+        raise ValueError(f"--crops must be at least 1, not {arguments.crops}")
     config = load_config(arguments.config, arguments.overrides)
     model, world = model_config(config), World.from_environment()
     if config.data.stages:
@@ -178,31 +186,58 @@ def encode(arguments: argparse.Namespace) -> None:
         workers=config.data.workers,
     )
     out = Path(arguments.out)
-    _same_work(out, encoder.facts | {"data": index.hash, **config.data.model_dump(include=set(_VIEWED_BY))})
+    facts = encoder.facts | {"data": index.hash, **config.data.model_dump(include=set(_VIEWED_BY))}
+    if config.data.crop == "random" or config.data.flip:
+        facts["seed"] = config.run.seed
+    try:
+        _same_work(out, facts)
+        _encode_share(config, index, encoder, out, world)
+    except OSError as error:  # what is read is refused by sentences of its own
+        raise ValueError(f"{error.filename or out} cannot be written ({error.strerror or error})") from error
+
+
+def _encode_share(config: Config, index: Index, encoder: ShardEncoder, out: Path, world: World) -> None:
     seen = written = left_out = 0
+    last = ""
     for shard in range(world.rank, len(index.shards), world.size):
         name = index.shards[shard].source.name
         # Two sets may hold shards of one name.
         target = out / f"{name.removesuffix('.tar')}-{shard:06d}.tar"
-        if target.is_file() and index_path(target).is_file():
-            continue
-        reasons: dict[str, str] = {}
-        written += encoder.encode(shard, target, reasons.__setitem__)
-        left_out, seen = left_out + len(reasons), seen + len(index.shards[shard])
-        for key, reason in reasons.items():
-            print(f"sample {key} of {name} is left out: {reason}", file=sys.stderr)
+        count, before = 0, _samples_of(target)
+        if before is None:
+            reasons: dict[str, str] = {}
+            count = encoder.encode(shard, target, reasons.__setitem__)
+            for key, reason in reasons.items():
+                last = f"; the last is sample {key} of {name}: {reason}"
+                print(f"sample {key} of {name} is left out: {reason}", file=sys.stderr)
+            said = "is written" if count else f"is not written: no sample of {name} can be read"
+            print(f"{target.name} {said}", file=sys.stderr)
+        # Those of earlier starts count, or starting again would be a way past the budget.
+        seen, written = seen + len(index.shards[shard]), written + count
+        left_out += len(index.shards[shard]) - (count if before is None else before)
         if left_out > bad_budget(config.data.bad_samples, seen, len(index)):
             raise ValueError(
                 f"{left_out} of {seen} samples cannot be read, more than data.bad_samples={config.data.bad_samples} "
-                f"allows; the last is sample {key} of {name}: {reason}"
+                f"allows{last}"
             )
-        print(f"{target.name} is written", file=sys.stderr)
     print(f"{written:,} samples encoded into {out}" + (f", {left_out:,} left out" if left_out else ""))
+
+
+def _samples_of(target: Path) -> int | None:
+    """How many samples a shard that was written holds; None if it is not there, or not whole."""
+    if not target.is_file() or not index_path(target).is_file():
+        return None
+    header = parse_header(LocalSource(target), LocalSource(index_path(target)))
+    return len(header) if header is not None and header.shard_size == target.stat().st_size else None
 
 
 def _same_work(out: Path, facts: dict[str, Any]) -> None:
     path = out / "encoding.json"
     out.mkdir(parents=True, exist_ok=True)
+    # In this order: another rank may just have begun.
+    held = [name for name in os.listdir(out) if not name.startswith(".")]
+    if held and not path.is_file():
+        raise ValueError(f"{out} is not empty and holds nothing that was encoded ({held[0]}); name a new folder")
     text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
     # Complete or not at all, and of several ranks the first: a link to what is written already.
     part = path.with_name(f".encoding-{secrets.token_hex(4)}.part")
@@ -210,7 +245,7 @@ def _same_work(out: Path, facts: dict[str, Any]) -> None:
     try:
         os.link(part, path)
     except FileExistsError:
-        before = json.loads(path.read_text())
+        before = _read_facts(path)
         changed = [key for key in facts if before.get(key) != facts[key]]
         if changed:
             key = changed[0]
@@ -220,3 +255,13 @@ def _same_work(out: Path, facts: dict[str, Any]) -> None:
             ) from None
     finally:
         part.unlink()
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder, or name another") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged (no object); delete its folder, or name another")
+    return facts

@@ -13,23 +13,26 @@ from lumina.data.index import Index
 from lumina.data.loader import Batch, Loader, Sample
 from lumina.data.plan import DataState
 from lumina.encoders.vae import build_vae
-from lumina.train.assemble import plan_of, sets_of, sizing_of
+from lumina.train.assemble import check_conditions, plan_of, sets_of, sizing_of
 
 _THUMBNAIL, _LABEL, _MARGIN = 128, 12, 4
+_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def show(arguments: argparse.Namespace) -> None:
     """The verb: the global batch of step N, on one process, whatever ranks will share it.
 
     Raises:
-        ValueError: as training would refuse the configuration or the data.
+        ValueError: as training would refuse the configuration or the data; or the picture cannot be written.
     """
+    out = _picture_file(arguments.out)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.step < 1:
         raise ValueError(f"the first step is 1, not {arguments.step}")
     model = model_config(config)
     vae = build_vae(config.vae, model.in_channels)
     index = Index.open(*sets_of(config.data))
+    check_conditions(index, model)
     sizing = sizing_of(config, model, vae)
     state, done = _nearest_state(config, arguments.step)
     plan = plan_of(config, model, vae, index, sizing, lanes=None if state is None else len(state.lanes))
@@ -62,9 +65,24 @@ def show(arguments: argparse.Namespace) -> None:
         print(f"\npack {number}: {used:,} of {plan.tokens_per_pack:,} tokens ({unused:.1%} unused)")
         for sample in pack:
             print(f"  {_line(sample, lengths[id(sample)])}")
-    if arguments.out is not None:
-        _sheet(batch).save(arguments.out)
-        print(f"\n{arguments.out} shows them")
+    if out is not None:
+        try:
+            _sheet(batch).save(out)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written ({error.strerror or error})") from error
+        print(f"\n{out} shows them")
+
+
+def _picture_file(out: str | None) -> Path | None:
+    """Where the picture goes, looked at before the work begins."""
+    if out is None:
+        return None
+    path = Path(out)
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"--out {out} is no picture; name one that ends in {', '.join(_FORMATS)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {path.parent}")
+    return path
 
 
 def _nearest_state(config: Config, step: int) -> tuple[DataState | None, int]:

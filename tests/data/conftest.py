@@ -10,6 +10,7 @@ from PIL import Image
 
 from lumina.data.index import Index
 from lumina.data.plan import Plan
+from lumina.data.shard_index import index_path
 from lumina.data.sizing import Sizing, Stage
 from lumina.data.write import write_shards
 
@@ -71,6 +72,14 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def shard(make_shards) -> Path:
+    """One shard of 12 samples without an index."""
+    shard = make_shards(12) / "a-000000.tar"
+    index_path(shard).unlink()
+    return shard
 
 
 @pytest.fixture

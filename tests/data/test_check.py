@@ -239,6 +239,18 @@ def test_empty_captions_and_pictures_that_do_not_decode(tmp_path: Path) -> None:
     assert failed[4][2] == "latin (caption is not UTF-8 (byte 0))"
 
 
+def test_labels_that_do_not_read(tmp_path: Path) -> None:
+    pictures = [png(digit_png(number, tmp_path / f"{number}.png")) for number in range(3)]
+    fields = (b'{"label": 1}', b'{"label": -1}', b"{")
+    samples = [{"__key__": f"{n}", "png": pictures[n], "json": text} for n, text in enumerate(fields)]
+    write_shards(tmp_path / "set", samples, name="a", samples_per_shard=10)
+    what = "samples whose .json, or the label in it, does not read"
+    assert found(tmp_path / "set") == [("error", "a-000000.tar", what, 2, ("1", "2"))]
+    ((*failed, names),) = found(tmp_path / "set", decode=True)
+    assert failed == ["error", "a-000000.tar", "samples that do not decode", 2]
+    assert [name.partition(" (")[0] for name in names] == ["1", "2"]
+
+
 def test_bad_arguments(shards: Path) -> None:
     for pattern in (shards / "none", shards / "*.zip", shards.parent / "nowhere" / "*.tar"):
         with pytest.raises(ValueError, match=r"data\.shards: .* (is missing|matches no \.tar file)"):

@@ -78,12 +78,13 @@ def test_every_sample_once_an_epoch_of_its_set(sets, lanes, packs, window, seed,
             epoch, taken = at.at[number]
             order = plan._orders[number]
             drawn = [
-                (int(sample), e)
-                for e in range(epoch + 1)
-                for w in range(-(-order.count(e, lane) // window))
-                for sample in order.samples(e, lane, w)
+                (sample, e)
+                for e in range(epoch)
+                for first, length in zip(*order.pieces(e, lane), strict=True)
+                for sample in range(first, first + length)
             ]
-            drawn = drawn[: sum(order.count(e, lane) for e in range(epoch)) + taken]
+            windows = [order.samples(epoch, lane, w).tolist() for w in range(-(-taken // window))]
+            drawn += [(sample, epoch) for sample in [*itertools.chain(*windows)][:taken]]
             assert all(low <= sample < high for sample, _ in drawn)
             assert set(drawn) <= seen.keys() | waiting
 
@@ -218,6 +219,9 @@ def test_stages_change_lengths_and_nothing_else():
         ({"weights": [0.0]}, "each of 1 data sets needs a weight above 0, not \\[0.0\\]"),
         ({"weights": [1.0, 2.0]}, "each of 1 data sets needs a weight"),
         ({"sets": [[0]]}, "a data set holds no samples"),
+        ({"sets": [[5], [5]], "weights": [1e308, 1e308]}, "data.sets: the weights .* are too large, or too far apart"),
+        ({"sets": [[5], [5]], "weights": [1e-9, 1e12]}, "data.sets: the weights .* are too large, or too far apart"),
+        ({"sets": [[5], [5]], "weights": [1e12, 1e-9]}, "data.sets: the weights .* are too large, or too far apart"),
     ],
 )
 def test_what_cannot_be_planned(change, sentence):

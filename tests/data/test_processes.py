@@ -52,11 +52,13 @@ def test_errors(number: int, error: type[Exception], message: str) -> None:
 def test_a_long_job_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text(
         "import os, sys, time\n"
+        "from multiprocessing import forkserver\n"
         "from lumina.data.processes import run_jobs\n"
         "def job(number, report):\n"
         "    report(os.getpid())\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
+        "    forkserver.ensure_running()\n"  # before it is told to import all that indexing needs
         "    list(run_jobs(job, [1, 2], 2, lambda pid: print(pid, flush=True)))\n"
     )
     caller = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")], stdout=subprocess.PIPE, text=True)

@@ -20,12 +20,12 @@ from lumina.data.loader import Loader
 from lumina.data.sizing import IMAGE, LATENT, VIDEO, Shapes, Sizing, Stage
 from lumina.data.write import write_shards
 from lumina.parallel.mesh import Mesh, World
-from lumina.train.assemble import assemble
+from lumina.train.assemble import Parts, assemble
 from tests.data.conftest import SIZES, plan_of, png, sample
 from tests.data.streams import global_stream, samples_of, take
 from tests.data.test_decode_audio import tone, written
 from tests.data.test_decode_video import encoded, grey
-from tests.parallel.runs import tiny_config
+from tests.parallel.runs import TINY_MODEL, tiny_config
 
 
 def shapes_of(sizes: list[tuple[int, ...]], kind: int = IMAGE) -> Shapes:
@@ -333,6 +333,51 @@ def test_audio_is_refused(tmp_path: Path) -> None:
     config = validate(tiny_config(tmp_path / "run", tmp_path / "s"), "test")
     with pytest.raises(ValueError, match=r"data\.shards hold audio, which this version indexes and does not train on"):
         assemble(config, model_config(config), OneProcess(World(0, 1, 0), torch.device("cpu")))
+
+
+def assembled(tmp_path: Path, **changes: object) -> Parts:
+    config = validate(tiny_config(tmp_path / "run", tmp_path, **changes), "test")
+    return assemble(config, model_config(config), OneProcess(World(0, 1, 0), torch.device("cpu")))
+
+
+@pytest.mark.parametrize("stages", [[(0, None)], [(0, 4), (10, 8)]])
+def test_a_sample_of_unknown_size_is_as_long_as_others_of_its_set(tmp_path: Path, stages: list) -> None:
+    """The median of its set; that of all where a set has no other."""
+    bad = {"png": b"no picture"}
+    sides = {"small": [None, 4, 4, 6, 4, None], "large": [12, 14, None, 14], "none": [None]}
+    for name, of in sides.items():
+        pictures = [{"png": png(side, 3 * side, i)} if side else bad for i, side in enumerate(of)]
+        samples = [{"__key__": f"{i}", "txt": name} | picture for i, picture in enumerate(pictures)]
+        write_shards(tmp_path / name, samples, name=name, samples_per_shard=2)
+    sets = [{"shards": [str(tmp_path / name)]} for name in sides]
+    data = {"sets": sets, "stages": [{"from_step": step, "resolution": side} for step, side in stages]}
+    plan = assembled(tmp_path, data=data, train__tokens_per_pack=400).plan
+    for step, resolution in stages:
+        tokens = plan.tokens_of(np.arange(11), step).tolist()
+        # Patches of 2×2 and a nextline token a row; at a resolution all of 3 : 1 take one bucket.
+        lengths = {side: side // 2 * (side * 3 // 2 + 1) for side in (4, 6, 12, 14)}
+        if resolution is not None:
+            lengths = dict.fromkeys(lengths, tokens[1])
+        assert tokens[:6] == [lengths[side or 4] for side in sides["small"]]
+        assert tokens[6:10] == [lengths[side or 14] for side in sides["large"]]
+        assert tokens[10] == lengths[6], "of 4, 4, 4, 6, 12, 14, 14 pixels"
+
+
+def test_a_label_that_does_not_read_is_a_bad_sample_and_a_missing_one_is_refused(tmp_path: Path) -> None:
+    model = {"model": TINY_MODEL | {"num_classes": 3}, "text": None}
+    labels = [b'{"label": 2}', b"{", b'{"label": "x"}', b'{"label": 0}']
+    samples = [{"__key__": f"{i}", "png": png(8, 8, i), "txt": "x", "json": of} for i, of in enumerate(labels)]
+    for name, last in (("good", b'{"label": 1}'), ("none", b"{}"), ("high", b'{"label": 3}')):
+        more = {"__key__": "last", "png": png(8, 8, 9), "txt": "x", "json": last}
+        write_shards(tmp_path / name, [*samples, more], name=name, samples_per_shard=9)
+    parts = assembled(tmp_path, data={"shards": [str(tmp_path / "good")]}, **model)
+    loader = Loader(parts.index, parts.plan, parts.sizing, rank=0, world=1, channels=1, bad_samples=1.0)
+    found = samples_of(take(loader, 3))
+    assert {one.sample_id: one.label for one in found} == {0: 2, 3: 0, 4: 1}
+    assert {one.occurrence for one in found} == {0, 2, 3}
+    for name in ("none", "high"):
+        with pytest.raises(ValueError, match=rf"sample last of {name}-000000\.tar has no label from 0 to 2, which"):
+            assembled(tmp_path, data={"shards": [str(tmp_path / name)]}, **model)
 
 
 def test_a_clip_of_a_step_that_does_not_fit_is_no_clip() -> None:

@@ -126,7 +126,7 @@ def one_stream(sets, weights, lanes, packs, tokens, window, worlds, seed) -> Non
         number += len(shards)
     index = Index(headers, weights[: len(sets)])
     open_loader = loaders(index, lanes=lanes, packs=packs, tokens_per_pack=tokens, window=window, seed=seed)
-    whole, end = global_stream(open_loader, worlds[0], None, 6)
+    whole, end = global_stream(open_loader, 1, None, 6)
     parts, state = [], None
     for world in worlds:
         part, state = global_stream(open_loader, world, state, 2)
