@@ -150,13 +150,13 @@ def checkpoint_tensors(folder):
     return {f"{kind}/{n}": v for kind in checkpoint.manifest.tensors for n, v in checkpoint.state_dict(kind).items()}
 
 
-def _write_again_and_train(rank: int, tree: dict, again) -> None:
+def _write_again_and_train(rank: int, tree: dict, folder) -> None:
     from lumina.train import loop
 
     class WritesAgain(loop.Trainer):
         def run(self, again):
             if self.step:
-                run_dir, self.saver._run_dir = self.saver._run_dir, again
+                run_dir, self.saver._run_dir = self.saver._run_dir, folder
                 self._save(None, loop.Metrics(self.config, self.step, enabled=False), wait=True)
                 self.saver._run_dir = run_dir
             return super().run(again)
