@@ -61,7 +61,7 @@ class PickleFiles:
         self._members: dict[Path, dict[int, int]] = {}
 
     def contents(self, path: Path) -> Any:
-        """What a file holds; its tensors are on "meta", and have values when they are `read`.
+        """What a file holds; its tensors have values when they are `read`, and mostly are on "meta" before.
 
         Raises:
             ValueError: as `load_inert`.

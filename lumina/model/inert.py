@@ -6,6 +6,8 @@ in their place; whatever else a file names is refused.
 """
 
 import argparse
+import functools
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,16 @@ def load_inert(path: Path, *, skeleton: bool = False) -> Any:
 
     Args:
         path: the file.
-        skeleton: tensors are on "meta", without values. Their storages know where in the file the values are.
+        skeleton: tensors are on "meta", without values. Their storages know where in the file the values are. A torch
+            that does not tell this maps the file into memory instead.
 
     Raises:
         ValueError: for a damaged file, and for one that names anything else than weights and settings are made of.
     """
     try:
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="meta" if skeleton else "cpu", weights_only=True)
+            where = "meta" if skeleton and torch_tells_places() else "cpu"
+            return torch.load(path, map_location=where, weights_only=True, mmap=skeleton and where == "cpu")
     except Exception as error:
         # What torch says first is how to load the file without this protection.
         text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
@@ -53,3 +57,13 @@ def load_inert(path: Path, *, skeleton: bool = False) -> Any:
         raise ValueError(
             f"{path}: refused, it is damaged or holds more than weights and settings ({reason})"
         ) from error
+
+
+@functools.cache
+def torch_tells_places() -> bool:
+    """Whether a tensor that is loaded without its values knows where they are, which older torch does not tell."""
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(1), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, map_location="meta", weights_only=True)
+    return loaded.untyped_storage()._checkpoint_offset is not None

@@ -58,6 +58,30 @@ def test_reference_weights_give_the_reference_outputs_after_every_conversion(tmp
     assert latest_checkpoint(tmp_path / "3").manifest.step == 30_000
 
 
+@pytest.mark.parametrize("how", ["an older torch", "an older file"])
+def test_files_whose_tensors_have_no_places(tmp_path, monkeypatch, how):
+    public = write_public(tmp_path / "public", reference_state())
+    if how == "an older torch":
+        monkeypatch.setattr("lumina.model.inert.torch_tells_places", lambda: False)
+    else:
+        file = public / "consolidated.00-of-01.pth"
+        torch.save(reference_state(), file, _use_new_zipfile_serialization=False)
+    to(public, tmp_path / "inference", "inference")
+    assert_equal(FlagDiT.from_pretrained(tmp_path / "inference").state_dict(), reference_state())
+
+
+def test_tensors_that_share_or_skip_memory(tmp_path):
+    """Transposed, a slice, and two of one storage: values are read as they are meant."""
+    state = reference_state()
+    name = "layers.0.attention.wq.weight"
+    both = torch.stack((state["eol_token"], state["pad_token"]), dim=1)
+    spread = {name: state[name].T.contiguous().T, "eol_token": both[:, 0], "pad_token": both[:, 1]}
+    assert not any(value.is_contiguous() for value in spread.values())
+    public = write_public(tmp_path / "public", state | spread)
+    to(public, tmp_path / "inference", "inference")
+    assert_equal(FlagDiT.from_pretrained(tmp_path / "inference").state_dict(), state)
+
+
 def test_rounded_weights_give_about_the_reference_outputs(tmp_path):
     public = write_public(tmp_path / "public", reference_state())
     done = to(public, tmp_path / "bf16", "inference", dtype="bf16")
