@@ -32,7 +32,7 @@ class AdaptedSource(Source):
                 unexpected or of another shape, listing them.
         """
         super().__init__()
-        self._source = source
+        self._source, self._sizes = source, sizes
         for fact in ("format", "path", "config", "settings", "step", "optimizer_steps"):
             setattr(self, fact, getattr(source, fact))
         self.data, self.training, self.software = source.data, source.training, source.software
@@ -103,7 +103,8 @@ class AdaptedSource(Source):
         ]
         if problems:
             shown = "; ".join(problems[:8]) + ("" if len(problems) <= 8 else f"; and {len(problems) - 8} more")
-            raise ValueError(f"{self.path} does not fit the model: {shown}")
+            model = "model" if self._sizes is None else "model of the configuration"
+            raise ValueError(f"{self.path} does not fit the {model}: {shown}")
 
     def _check_moments(self) -> None:
         """Moments of every trained parameter, and of no other, or none."""

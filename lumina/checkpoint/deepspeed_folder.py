@@ -6,6 +6,7 @@ masters and Adam's moments, flattened over parameters and cut between ranks.
 """
 
 import re
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumina.checkpoint.deepspeed_layout import FROZEN, Piece, cut_groups, cut_parameters, owners_of, prefix, step_of
+from lumina.checkpoint.deepspeed_layout import cut_groups, cut_parameters, owners_of, prefix, stretches_of
 from lumina.checkpoint.manifest import MOMENTS, WEIGHTS
 from lumina.checkpoint.sources import Source
-from lumina.checkpoint.tensor_reader import MappedPickles, Stored, stored_of
+from lumina.checkpoint.tensor_reader import PickleFiles, Stored, stored_of
 from lumina.model.config import FlagDiTConfig
 from lumina.model.inert import StandIn
 from lumina.model.public import sizes_of
@@ -41,6 +42,10 @@ def tag_folder(path: Path) -> Path | None:
     return path / tag
 
 
+_Part = tuple[Path, Tensor]
+"""A file, and what of it: one of its tensors or a slice of one, on "meta"."""
+
+
 class DeepSpeedSource(Source):
     """The masters, and Adam's moments, of a DeepSpeed checkpoint."""
 
@@ -53,14 +58,14 @@ class DeepSpeedSource(Source):
         """
         super().__init__()
         self.path = path
-        self._pickles = MappedPickles()
+        self._files = PickleFiles()
         self._model_files = _by_rank(path, "_model_states.pt")
         self._optimizer_files = _by_rank(path, "_optim_states.pt")
         state = self._model_state(0)
         self.step = int(state.get("global_steps", 0))
         self.software = {"deepspeed": str(state.get("ds_version", "unknown"))}
-        self._pieces: dict[str, dict[str, list[Piece]]] = {}
-        self._whole: dict[str, dict[str, Any]] = {}  # of ZeRO 0, and what is frozen: the way to a tensor in a file
+        self.tensors = {}
+        self._parts: dict[str, dict[str, list[_Part]]] = {}
         if state.get("param_shapes") is None:
             self._open_unpartitioned(state)
         else:
@@ -72,18 +77,16 @@ class DeepSpeedSource(Source):
         return [*self._model_files, *self._optimizer_files]
 
     def read(self, kind: str, name: str) -> Tensor:
-        stored = self.tensors[kind][name]
-        if name in self._whole.get(kind, {}):
-            values = self._whole[kind][name]()
-            self._pickles.touched(values.nbytes)
-            return values.view(stored.shape)
-        flat = torch.empty(prod(stored.shape), dtype=stored.dtype)
-        at = 0
-        for rank, group, start, numel in self._pieces[kind][name]:
-            flat[at : at + numel] = self._flats(kind, rank)[group].view(-1)[start : start + numel]
-            at += numel
-        self._pickles.touched(flat.nbytes)
-        return flat.view(stored.shape)
+        shape = self.tensors[kind][name].shape
+        parts = [self._files.read(*part).view(-1) for part in self._parts[kind][name]]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole[: prod(shape)].view(shape)
+
+    def _hold(self, kind: str, name: str, shape: Sequence[int], parts: list[_Part]) -> None:
+        """A tensor is the flat `parts` one after another; what is over is padding."""
+        dtype = stored_of(parts[0][1], f"{parts[0][0]}: {kind}/{name}").dtype
+        self.tensors.setdefault(kind, {})[name] = Stored(dtype, tuple(shape))
+        self._parts.setdefault(kind, {})[name] = parts
 
     # ZeRO 1, 2 and 3.
 
@@ -100,152 +103,100 @@ class DeepSpeedSource(Source):
         paddings = first.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
         stage = first.get("zero_stage")
         stage = stage.arguments[0] if isinstance(stage, StandIn) and stage.arguments else stage
-        self.training = {"zero_stage": stage or 1, "data_parallel": world}
-        kinds = [WEIGHTS, *(MOMENTS if self._adam_state(0) else ())]
-        if len(kinds) > 1:
-            self.optimizer_steps = self._steps()
-        self.tensors = {kind: {} for kind in kinds}
-        for kind in kinds:
-            sizes = [[flat.numel() for flat in self._flats(kind, rank)] for rank in range(world)]
+        self.training = {"zero_stage": stage or 1, "data_parallel": world}  # BF16_Optimizer, of ZeRO 1, does not say
+        adam = self._adam(0)
+        if adam["state"]:
+            self.optimizer_steps = self._steps(adam, next(iter(adam["state"])), self._optimizer_files[0])
+        for kind in (WEIGHTS, *(MOMENTS if adam["state"] else ())):
+            flats = [self._flats(kind, rank) for rank in range(world)]
+            sizes = [[flat.numel() for flat in of_rank] for of_rank in flats]
             try:
                 plan = cut_parameters(groups, sizes) if stage == 3 else cut_groups(groups, sizes, paddings)
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from error
-            self._pieces[kind] = {}
             for name, shape, pieces in plan:
-                dtype = stored_of(self._flats(kind, 0)[0], f"{self.path}: {kind}").dtype
-                self.tensors[kind][name.removeprefix(strip)] = Stored(dtype, shape)
-                self._pieces[kind][name.removeprefix(strip)] = pieces
-        self._add_frozen(state, strip)
+                parts = [
+                    (self._optimizer_files[piece.rank], flats[piece.rank][piece.group][piece.start :][: piece.numel])
+                    for piece in pieces
+                ]
+                self._hold(kind, name.removeprefix(strip), shape, parts)
+        self._hold_frozen(state, strip, stage)
 
-    def _add_frozen(self, state: dict[str, Any], strip: str) -> None:
+    def _hold_frozen(self, state: dict[str, Any], strip: str, stage: int | None) -> None:
         """Parameters that are not trained: the working copies are all there is of them."""
-        shapes = state.get("frozen_param_shapes") or {}
-        known = self.tensors[WEIGHTS]
-        if self.training["zero_stage"] != 3:
-            buffers = set(state.get("buffer_names") or ())
-            for key, value in state["module"].items():
-                name = key.removeprefix(strip)
-                if name not in known and key not in buffers:
-                    known[name] = stored_of(value, f"{self._model_files[0]}: {key}")
-                    self._whole.setdefault(WEIGHTS, {})[name] = self._in_module(key)
+        if stage != 3:
+            self._hold_module(state, strip)
             return
-        for key, shape in shapes.items():
-            fragment = state["frozen_param_fragments"][key]
-            dtype = stored_of(fragment, f"{self._model_files[0]}: {key}").dtype
-            known[key.removeprefix(strip)] = Stored(dtype, tuple(shape))
-            self._whole.setdefault(WEIGHTS, {})[key.removeprefix(strip)] = self._in_fragments(key, prod(shape))
+        for key, shape in (state.get("frozen_param_shapes") or {}).items():
+            fragments = [self._model_state(rank)["frozen_param_fragments"] for rank in range(len(self._model_files))]
+            parts = [(file, held[key]) for file, held in zip(self._model_files, fragments, strict=True)]
+            self._hold(WEIGHTS, key.removeprefix(strip), shape, parts)
 
-    def _in_module(self, key: str) -> Any:
-        return lambda: self._model_state(0)["module"][key].detach().clone(memory_format=torch.contiguous_format)
+    def _hold_module(self, state: dict[str, Any], strip: str) -> None:
+        """The working weights of what has no master."""
+        buffers = set(state.get("buffer_names") or ())
+        known = self.tensors.get(WEIGHTS, {})
+        for key, value in state["module"].items():
+            if key not in buffers and key.removeprefix(strip) not in known:
+                self._hold(WEIGHTS, key.removeprefix(strip), value.shape, [(self._model_files[0], value)])
 
-    def _in_fragments(self, key: str, numel: int) -> Any:
-        ranks = range(len(self._model_files))
-        return lambda: torch.cat([self._model_state(r)["frozen_param_fragments"][key].view(-1) for r in ranks])[:numel]
-
-    # ZeRO 0.
+    # ZeRO 0: the optimizer's state is in the file of the model.
 
     def _open_unpartitioned(self, state: dict[str, Any]) -> None:
-        buffers = set(state.get("buffer_names") or ())
-        names = [key for key in state["module"] if key not in buffers]
-        strip = prefix(names, self.path)
         self.training = {"zero_stage": 0}
-        known = {key.removeprefix(strip): stored_of(state["module"][key], f"{self.path}: {key}") for key in names}
-        self.tensors = {WEIGHTS: known}
-        self._whole = {WEIGHTS: {key.removeprefix(strip): self._in_module(key) for key in names}}
-        optimizer = state.get("optimizer")
+        self._hold_module(state, prefix(list(state["module"]), self.path))
+        optimizer, file = state.get("optimizer"), self._model_files[0]
         if not isinstance(optimizer, dict):
             return
-        if "fp32_groups_flat" in optimizer:
-            self._masters_of_flat_groups(optimizer, list(known))
-            return
         adam = optimizer.get("optimizer_state_dict", optimizer)
-        ids = [group["params"] for group in adam["param_groups"]]
-        masters = optimizer.get("fp32_groups")
-        moments = bool(adam["state"]) and all(i in adam["state"] for group in ids for i in group)
-        if masters is None and not moments:
+        numbers = [group["params"] for group in adam["param_groups"]]
+        if not all(number in adam["state"] for group in numbers for number in group):
+            adam = adam | {"state": {}}  # no step was taken yet
+        # By parameter group: what DeepSpeed's fused optimizer keeps is flat, what its unfused one keeps is not.
+        flat, shaped = optimizer.get("fp32_groups_flat"), optimizer.get("fp32_groups")
+        masters = [[group] for group in flat] if flat is not None else shaped
+        if masters is None and not adam["state"]:
             return
-        shapes = [
-            [
-                tuple((masters[g][i] if masters is not None else adam["state"][number]["exp_avg"]).shape)
-                for i, number in enumerate(group)
-            ]
-            for g, group in enumerate(ids)
-        ]
-        owners = owners_of({name: stored.shape for name, stored in known.items()}, shapes)
-        if owners is None:
-            lost = "fp32 masters and moments" if masters is not None else "Adam's moments"
-            self.notes.append(
-                f"{self.path} does not say which of its {len(ids)} parameter groups holds which parameter, and shapes "
-                f"do not tell: {lost} are left out, and the working weights are taken"
-            )
-            return
-        if masters is not None:
-            for name, (group, index) in owners.items():
-                known[name] = stored_of(masters[group][index], f"{self.path}: {name}")
-                self._whole[WEIGHTS][name] = self._in_optimizer("fp32_groups", group, index)
-        if moments:
-            self.optimizer_steps = step_of(adam, ids[0][0])
-            nested = ("optimizer_state_dict",) if "optimizer_state_dict" in optimizer else ()
-            for kind in MOMENTS:
-                at = {name: (*nested, "state", ids[group][index], kind) for name, (group, index) in owners.items()}
-                self.tensors[kind] = {name: known[name]._replace(dtype=torch.float32) for name in owners}
-                self._whole[kind] = {name: self._in_optimizer(*way) for name, way in at.items()}
-
-    def _masters_of_flat_groups(self, optimizer: dict[str, Any], names: list[str]) -> None:
-        """What DeepSpeed's fused optimizers keep: one flat tensor a group, whose parameters no file names."""
-        flats, adam = optimizer["fp32_groups_flat"], optimizer["optimizer_state_dict"]
-        known = self.tensors[WEIGHTS]
-        trained = [name for name in names if name != FROZEN]
-        for candidate in (names, trained):
-            total = sum(prod(known[name].shape) for name in candidate)
-            if len(flats) == 1 and flats[0].numel() == total:
-                break
+        held = masters or [[adam["state"][number][MOMENTS[0]] for number in group] for group in numbers]
+        shapes = {name: stored.shape for name, stored in self.tensors[WEIGHTS].items()}
+        if flat is not None:
+            places = stretches_of(shapes, [group.numel() for group in flat])
         else:
+            places = owners_of(shapes, [[tuple(tensor.shape) for tensor in group] for group in held])
+        if places is None:
+            lost = "Adam's moments are" if masters is None else "fp32 masters and Adam's moments are"
             self.notes.append(
-                f"{self.path} does not say which parameters its {len(flats)} flat groups hold: fp32 masters and "
-                "moments are left out, and the working weights are taken"
+                f"{self.path} does not say which of its {len(numbers)} parameter groups holds which parameter, and "
+                f"shapes do not tell: {lost} left out, and the working weights are taken"
             )
             return
-        number = adam["param_groups"][0]["params"][0]
-        ways = {WEIGHTS: ("fp32_groups_flat", 0)}
-        if number in adam["state"]:
-            self.optimizer_steps = step_of(adam, number)
-            ways |= {kind: ("optimizer_state_dict", "state", number, kind) for kind in MOMENTS}
-        for kind, way in ways.items():
-            start, held, whole = 0, self.tensors.setdefault(kind, {}), self._whole.setdefault(kind, {})
-            for name in candidate:
-                held[name] = known[name]._replace(dtype=torch.float32)
-                numel = prod(known[name].shape)
-                whole[name] = self._in_optimizer(*way, stretch=slice(start, start + numel))
-                start += numel
-
-    def _in_optimizer(self, *way: Any, stretch: slice | None = None) -> Any:
-        def read() -> Tensor:
-            found = self._model_state(0)["optimizer"]
-            for key in way:
-                found = found[key]
-            found = found.detach() if stretch is None else found.detach().view(-1)[stretch]
-            return found.clone(memory_format=torch.contiguous_format)
-
-        return read
+        for name, (group, index, start) in places.items():
+            of_kinds = {WEIGHTS: masters[group][index]} if masters else {}
+            if adam["state"]:
+                of_kinds |= {kind: adam["state"][numbers[group][index]][kind] for kind in MOMENTS}
+            for kind, tensor in of_kinds.items():
+                part = tensor if flat is None else tensor[start : start + prod(shapes[name])]
+                self._hold(kind, name, shapes[name], [(file, part)])
+        if adam["state"]:
+            self.optimizer_steps = self._steps(adam, numbers[0][0], file)
 
     # What the files hold.
 
     def _model_state(self, rank: int) -> dict[str, Any]:
-        state = self._pickles.contents(self._model_files[rank])
+        state = self._files.contents(self._model_files[rank])
         if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
             raise ValueError(f"{self._model_files[rank]}: is no model state of DeepSpeed; it has no `module`")
         return state
 
     def _optimizer_state(self, rank: int) -> dict[str, Any]:
-        state = self._pickles.contents(self._optimizer_files[rank])
+        state = self._files.contents(self._optimizer_files[rank])
         inner = state.get("optimizer_state_dict") if isinstance(state, dict) else None
         if not isinstance(inner, dict):
             raise ValueError(f"{self._optimizer_files[rank]}: is no optimizer state of DeepSpeed")
         return inner
 
-    def _adam_state(self, rank: int) -> dict[Any, Any]:
+    def _adam(self, rank: int) -> dict[str, Any]:
+        """The state dict of the optimizer that DeepSpeed's wraps."""
         state = self._optimizer_state(rank)
         adam = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
         if not isinstance(adam, dict):
@@ -253,25 +204,24 @@ class DeepSpeedSource(Source):
                 f"{self._optimizer_files[rank]}: its optimizer state is an elastic one, which DeepSpeed gave up; save "
                 "it again with elastic_checkpoint=false"
             )
-        return adam["state"]
+        return adam
 
     def _flats(self, kind: str, rank: int) -> list[Tensor]:
         """The flat tensors of a kind that a rank has, one a group."""
-        state = self._optimizer_state(rank)
         if kind == WEIGHTS:
+            state = self._optimizer_state(rank)
             found = state.get("single_partition_of_fp32_groups", state.get("fp32_flat_groups"))
         else:
-            adam = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
-            held = adam["state"]
-            found = [held.get(i, {}).get(kind) for group in adam["param_groups"] for i in group["params"]]
-        if not found or not all(isinstance(flat, Tensor) for flat in found):
+            adam = self._adam(rank)
+            found = [adam["state"].get(i, {}).get(kind) for group in adam["param_groups"] for i in group["params"]]
+        if not found or not all(isinstance(flat, Tensor) and flat.dim() == 1 for flat in found):
             raise ValueError(f"{self._optimizer_files[rank]}: has no {kind} of every group (was it moved to NVMe?)")
-        return [flat.detach() for flat in found]
+        return list(found)
 
-    def _steps(self) -> int:
-        state = self._optimizer_state(0)
-        adam = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
-        return step_of(adam, next(iter(adam["state"])))
+    def _steps(self, adam: dict[str, Any], number: Any, file: Path) -> int:
+        """Steps that Adam has taken: of a parameter, or of its group where a fused one counts there."""
+        step = adam["state"][number].get("step", adam["param_groups"][0].get("step", 0))
+        return int(self._files.read(file, step) if isinstance(step, Tensor) else step)
 
 
 def _by_rank(path: Path, suffix: str) -> list[Path]:

@@ -5,11 +5,11 @@ many stretches as there are ranks. ZeRO 3 cuts each parameter into equal shares,
 tensor holds its share of each, one after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 FROZEN = "pad_token"
 """The one parameter of a Flag-DiT that is not trained."""
@@ -101,8 +101,15 @@ def prefix(names: list[str], path: Path) -> str:
     return found[0]
 
 
-def owners_of(known: dict[str, tuple], groups: list[list[tuple]]) -> dict[str, tuple[int, int]] | None:
-    """Group and index of each trained parameter, told by shapes and the order of the model; None where they do not."""
+Places = dict[str, tuple[int, int, int]]
+"""Parameter group, number in it and first element, by name."""
+
+
+def owners_of(known: Mapping[str, tuple[int, ...]], groups: Sequence[Sequence[tuple[int, ...]]]) -> Places | None:
+    """Where each trained parameter is among `groups` of tensors of the given shapes, whose names no file tells.
+
+    A group's tensors are in the order of the model, `known`; None where shapes do not tell the groups apart.
+    """
     total = sum(map(len, groups))
     names = [name for name in known if total == len(known) or name != FROZEN]
     if total != len(names):
@@ -112,12 +119,15 @@ def owners_of(known: dict[str, tuple], groups: list[list[tuple]]) -> dict[str, t
         fitting = [g for g, group in enumerate(groups) if at[g] < len(group) and group[at[g]] == known[name]]
         if len(fitting) != 1:
             return None
-        owners[name] = (fitting[0], at[fitting[0]])
+        owners[name] = (fitting[0], at[fitting[0]], 0)
         at[fitting[0]] += 1
     return owners
 
 
-def step_of(adam: dict[str, Any], number: Any) -> int:
-    """Steps that Adam has taken: of its first parameter, or of its group where a fused one counts there."""
-    step = adam["state"][number].get("step", adam["param_groups"][0].get("step", 0))
-    return int(step)
+def stretches_of(known: Mapping[str, tuple[int, ...]], sizes: Sequence[int]) -> Places | None:
+    """As `owners_of`, of flat tensors of the given sizes, one a group; they do not tell more groups than one apart."""
+    for names in (list(known), [name for name in known if name != FROZEN]):
+        starts = [0, *accumulate(prod(known[name]) for name in names)]
+        if [starts[-1]] == list(sizes):
+            return {name: (0, 0, start) for name, start in zip(names, starts, strict=False)}
+    return None

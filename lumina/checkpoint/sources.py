@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint
 from lumina.checkpoint.manifest import EMA, FOLDER, MANIFEST, WEIGHTS, FileEntry, sha256_of
-from lumina.checkpoint.tensor_reader import FLOATS, MappedPickles, PickleReader, SafetensorsReader, Stored, TensorReader
+from lumina.checkpoint.tensor_reader import FLOATS, PickleFiles, PickleReader, SafetensorsReader, Stored, TensorReader
 from lumina.config.schema import Config, FlowConfig, TextConfig, VaeConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.pretrained import read_config, safetensors_files
@@ -99,7 +99,12 @@ def open_source(path: Path, config: FlagDiTConfig | None = None) -> Source:
     if checkpoint is not None:
         return CheckpointSource(checkpoint)
     if tagged := tag_folder(path):
-        return DeepSpeedSource(tagged, config)
+        try:
+            return DeepSpeedSource(tagged, config)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{tagged}: its files are not laid out as DeepSpeed's are ({type(error).__name__}: {error})"
+            ) from error
     if any(path.glob("consolidated*")):
         return PublicSource(path, config)
     if (path / FOLDER).is_dir() or (path / "config.yaml").is_file():
@@ -186,12 +191,12 @@ class PublicSource(Source):
     def __init__(self, path: Path, config: FlagDiTConfig | None):
         super().__init__()
         self.path = path
-        pickles = MappedPickles()
+        pickled = PickleFiles()
         self._readers: dict[str, list[TensorReader]] = {}
         for weights, kind in KINDS.items():
             if files := public_files(path, weights):
-                mapped = files[0].suffix == ".pth"
-                self._readers[kind] = [PickleReader(f, pickles) if mapped else SafetensorsReader(f) for f in files]
+                pth = files[0].suffix == ".pth"
+                self._readers[kind] = [PickleReader(f, pickled) if pth else SafetensorsReader(f) for f in files]
                 self._files = [*getattr(self, "_files", []), *files]
         if not self._readers:
             raise ValueError(f"{path} has no {STEMS['model']}.NN-of-MM.safetensors or .pth file")

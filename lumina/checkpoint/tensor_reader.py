@@ -1,5 +1,7 @@
 """Reading foreign files tensor by tensor: what is not asked for is not in memory."""
 
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,6 @@ from lumina.model.inert import load_inert
 
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Pages of mapped files that may be in memory at once, in bytes.
-_MAPPED = 1 << 28
 
 
 class Stored(NamedTuple):
@@ -49,50 +49,86 @@ class SafetensorsReader:
             return file.get_tensor(key).clone()
 
 
-class MappedPickles:
-    """Files of `torch.save`, mapped into memory and let go again, so that few of their pages are in it at once."""
+class PickleFiles:
+    """Files of `torch.save`, whose tensors are read one at a time.
+
+    A mapping of a whole file, torch's own way, counts as memory that may be written to: a file larger than the memory
+    of the machine cannot be mapped, and what was read stays. Here the file is read where a tensor's values are.
+    """
 
     def __init__(self):
-        self._open: dict[Path, Any] = {}
-        self._touched = 0
+        self._contents: dict[Path, Any] = {}
+        self._members: dict[Path, dict[int, int]] = {}
 
     def contents(self, path: Path) -> Any:
-        """What a file holds. To be asked for anew for every tensor: whoever keeps it keeps the pages.
+        """What a file holds; its tensors have values when they are `read`, and mostly are on "meta" before.
 
         Raises:
             ValueError: as `load_inert`.
         """
-        if path not in self._open:
-            self._open[path] = load_inert(path, mapped=True)
-        return self._open[path]
+        if path not in self._contents:
+            # A file from before torch 1.6 is no archive, and is read whole.
+            archive = zipfile.is_zipfile(path)
+            self._contents[path] = load_inert(path, skeleton=archive)
+            self._members[path] = _members(path) if archive else {}
+        return self._contents[path]
 
-    def touched(self, count: int) -> None:
-        """So many bytes of some file were read."""
-        self._touched += count
-        if self._touched > _MAPPED:
-            self._open.clear()
-            self._touched = 0
+    def read(self, path: Path, tensor: Tensor) -> Tensor:
+        """The values of a tensor of a file's contents, or of a slice of one, in memory of their own.
+
+        Raises:
+            ValueError: for a damaged file.
+        """
+        if tensor.device.type != "meta":
+            return tensor.detach().clone(memory_format=torch.contiguous_format)
+        if not tensor.numel():
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        start = tensor.untyped_storage()._checkpoint_offset
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        first = tensor.storage_offset() * tensor.element_size()
+        values = torch.empty(span, dtype=tensor.dtype)
+        data = memoryview(values.view(torch.uint8).numpy())
+        if start is None or first + len(data) > self._members[path].get(start, 0):
+            raise ValueError(f"{path}: damaged, a tensor of it is not where the file says")
+        with path.open("rb", buffering=0) as file:
+            file.seek(start + first)
+            while data:
+                count = file.readinto(data)
+                if not count:
+                    raise ValueError(f"{path}: damaged, it ends within a tensor")
+                data = data[count:]
+        return values.as_strided(tensor.shape, tensor.stride()).contiguous()
+
+
+def _members(path: Path) -> dict[int, int]:
+    """Sizes of the members of an archive, by where their bytes start."""
+    found = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for member in archive.infolist():
+            file.seek(member.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            if member.compress_type == zipfile.ZIP_STORED:
+                found[member.header_offset + 30 + name + extra] = member.file_size
+    return found
 
 
 class PickleReader:
     """A `.pth` file that maps names to tensors."""
 
-    def __init__(self, path: Path, pickles: MappedPickles):
+    def __init__(self, path: Path, files: PickleFiles):
         """
         Raises:
             ValueError: for a file that is damaged, or holds something else.
         """
-        self.path, self._pickles = path, pickles
-        state = pickles.contents(path)
+        self.path, self._files = path, files
+        state = files.contents(path)
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError(f"{path}: is no state dict, which maps names to tensors")
         self.tensors = {key: stored_of(value, f"{path}: {key}") for key, value in state.items()}
 
     def read(self, key: str) -> Tensor:
         """A tensor, in memory of its own."""
-        tensor = self._pickles.contents(self.path)[key].detach().clone(memory_format=torch.contiguous_format)
-        self._pickles.touched(tensor.nbytes)
-        return tensor
+        return self._files.read(self.path, self._files.contents(self.path)[key])
 
 
 TensorReader = SafetensorsReader | PickleReader

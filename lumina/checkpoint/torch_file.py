@@ -83,6 +83,7 @@ class TorchFile:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # Without the archive's directory, if it was not closed: a file that nobody can take for a whole one.
+        self._zip.fp = None  # or zipfile would write it when it goes
         self._file.close()
 
     def _put(self, name: str, data: memoryview) -> None:

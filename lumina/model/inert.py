@@ -6,8 +6,9 @@ in their place; whatever else a file names is refused.
 """
 
 import argparse
+import functools
+import io
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,36 @@ _STOOD_IN_FOR = (
 _ALLOWED = [argparse.Namespace, *((StandIn, name) for name in _STOOD_IN_FOR)]
 
 
-def load_inert(path: Path, *, mapped: bool = False) -> Any:
+def load_inert(path: Path, *, skeleton: bool = False) -> Any:
     """What a file of `torch.save` holds, on the CPU; objects of DeepSpeed's classes as `StandIn`.
 
     Args:
         path: the file.
-        mapped: tensors are pages of the file, which are read when they are touched and stay in memory as long as any
-            tensor of the file does.
+        skeleton: tensors are on "meta", without values. Their storages know where in the file the values are. A torch
+            that does not tell this maps the file into memory instead.
 
     Raises:
         ValueError: for a damaged file, and for one that names anything else than weights and settings are made of.
     """
     try:
-        # A file from before torch 1.6 is no zip archive and cannot be mapped.
-        mapped = mapped and zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            where = "meta" if skeleton and torch_tells_places() else "cpu"
+            return torch.load(path, map_location=where, weights_only=True, mmap=skeleton and where == "cpu")
     except Exception as error:
-        named = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = f"it names {named.group(1)}" if named else (str(error).strip() or type(error).__name__).splitlines()[0]
+        # What torch says first is how to load the file without this protection.
+        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        named = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+        reason = f"it names {named.group(1)}" if named else (text.strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path}: refused, it is damaged or holds more than weights and settings ({reason})"
         ) from error
+
+
+@functools.cache
+def torch_tells_places() -> bool:
+    """Whether a tensor that is loaded without its values knows where they are, which older torch does not tell."""
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(1), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, map_location="meta", weights_only=True)
+    return loaded.untyped_storage()._checkpoint_offset is not None
