@@ -21,7 +21,7 @@ from lumina.checkpoint.manifest import (
     read_manifest,
     sha256_of,
 )
-from lumina.checkpoint.tensor_file import StoredTensors
+from lumina.checkpoint.tensor_file import StoredTensors, sha256_of_tensor
 from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.model.config import FlagDiTConfig
@@ -41,7 +41,7 @@ class Checkpoint:
         """
         self.directory = directory
         self.manifest = read_manifest(directory)
-        self._checked: set[str | tuple[str, str]] = set()  # files, pieces
+        self._checked: set[str] = set()  # files
         self._files: dict[str, StoredTensors] = {}
         self._opening = Lock()
 
@@ -86,6 +86,9 @@ class Checkpoint:
         if part is not None and any(piece.part is not None and piece.part.dim != part.dim for piece in entry.pieces):
             whole = self.read(kind, name).view(entry.shape)  # cut across another dimension: no common rows
             return whole.narrow(part.dim, part.start, part.stop - part.start).reshape(-1)[start : start + numel]
+        for piece in entry.pieces:
+            if (piece.part, piece.start, piece.numel) == (part, start, numel):  # as at the layout that saved it
+                return self._stored(piece).float()
         values, found = torch.empty(numel), torch.zeros(numel, dtype=torch.bool)
         for piece in entry.pieces:
             dim = next((p.dim for p in (piece.part, part) if p is not None), 0)
@@ -128,21 +131,27 @@ class Checkpoint:
             for name in list(self.manifest.files)[rank::world]:
                 self._check(name)
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
-                for _ in pool.map(self._stored, pieces[rank::world]):
+                for _ in pool.map(self._verify, pieces[rank::world]):
                     pass
         except ValueError as error:
             return str(error)
         return ""
 
     def _stored(self, piece: PieceEntry) -> Tensor:
-        """The piece's values, a view of its file, which are what was saved."""
+        """The piece's values, which are what was saved."""
         file = self._open(piece.file)
-        values, part = file.flat(piece.key), (piece.file, piece.key)
-        if part not in self._checked:
-            if values is None or values.numel() != piece.numel or piece.sha256 not in (None, file.sha256(piece.key)):
-                raise self._damaged(piece.file, f"its tensor {piece.key} is not what was saved (SHA-256)")
-            self._checked.add(part)
+        values = file.read(piece.key) if piece.key in file else None
+        if values is None or values.numel() != piece.numel or piece.sha256 not in (None, sha256_of_tensor(values)):
+            raise self._not_what_was_saved(piece)
         return values
+
+    def _verify(self, piece: PieceEntry) -> None:
+        file = self._open(piece.file)
+        if piece.key not in file or piece.sha256 not in (None, file.sha256(piece.key)):
+            raise self._not_what_was_saved(piece)
+
+    def _not_what_was_saved(self, piece: PieceEntry) -> ValueError:
+        return self._damaged(piece.file, f"its tensor {piece.key} is not what was saved (SHA-256)")
 
     def _open(self, name: str) -> StoredTensors:
         with self._opening:

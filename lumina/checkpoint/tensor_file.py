@@ -1,12 +1,10 @@
-"""One safetensors file, written tensor by tensor and hashed on the way, and read by views of the mapped file."""
+"""One safetensors file, written tensor by tensor and hashed on the way, and read so: never in memory whole."""
 
 import hashlib
 import json
-import mmap
 import os
-import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +26,7 @@ NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
-_FLUSH = 1 << 28  # bytes
+_FLUSH, _CHUNK = 1 << 28, 1 << 24  # bytes
 
 
 class TensorFile:
@@ -132,8 +130,13 @@ class TensorFile:
         self._file.close()
 
 
+def sha256_of_tensor(values: Tensor) -> str:
+    """Of the bytes of a contiguous tensor on the CPU."""
+    return hashlib.sha256(memoryview(values.view(torch.uint8).numpy())).hexdigest()
+
+
 class StoredTensors:
-    """A safetensors file that is mapped, not read: what is looked at comes from the disk then."""
+    """A safetensors file that is being read, tensor by tensor, each into memory of its own."""
 
     def __init__(self, path: Path):
         """
@@ -141,16 +144,16 @@ class StoredTensors:
             ValueError: for a file that is no whole safetensors file.
             OSError: where it cannot be opened.
         """
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size < 8:
-                raise ValueError(f"{path} is damaged: {size} bytes are no safetensors file")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._start = 8 + int.from_bytes(self._bytes[:8], "little")
+        self._file = path.open("rb", buffering=0)
+        size = path.stat().st_size
         try:
-            if self._start > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(self._bytes[8 : self._start])
+            length = int.from_bytes(self._file.read(8), "little")
+            if size < 8 + length:
+                raise ValueError("it ends before its header does")
+            self._start = 8 + length
+            self.header = os.pread(self._file.fileno(), self._start, 0)
+            """All before the tensors."""
+            header = json.loads(self.header[8:])
             header.pop("__metadata__", None)
             self._places = {key: (_DTYPES[of["dtype"]], *of["data_offsets"]) for key, of in header.items()}
             if any(not 0 <= start <= end <= size - self._start for _, start, end in self._places.values()):
@@ -158,28 +161,32 @@ class StoredTensors:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: its header does not read as safetensors ({error})") from error
 
-    @property
-    def header(self) -> bytes:
-        """All before the tensors."""
-        return self._bytes[: self._start]
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
 
-    def flat(self, key: str) -> Tensor | None:
-        """A tensor's elements, a view of the file that cannot be written to; None for a key that it lacks."""
-        if key not in self._places:
-            return None
+    def read(self, key: str) -> Tensor:
+        """A tensor's elements, flat."""
         dtype, start, end = self._places[key]
-        if start == end:
-            return torch.empty(0, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(
-                self._bytes, dtype=dtype, count=(end - start) // dtype.itemsize, offset=self._start + start
-            )
+        values = torch.empty((end - start) // dtype.itemsize, dtype=dtype)
+        for _ in self._chunks(start, memoryview(values.view(torch.uint8).numpy())):
+            pass
+        return values
 
-    def sha256(self, key: str) -> str | None:
-        """Of a tensor's bytes; None for a key that the file lacks."""
-        if key not in self._places:
-            return None
+    def sha256(self, key: str) -> str:
+        """Of a tensor's bytes, of which few are in memory at a time."""
         _, start, end = self._places[key]
-        with memoryview(self._bytes) as data:
-            return hashlib.sha256(data[self._start + start : self._start + end]).hexdigest()
+        digest, chunk = hashlib.sha256(), bytearray(min(_CHUNK, end - start))
+        for first in range(start, end, _CHUNK):
+            for part in self._chunks(first, memoryview(chunk)[: min(_CHUNK, end - first)]):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def _chunks(self, start: int, target: memoryview) -> Iterator[memoryview]:
+        """Fill `target` from byte `start` of the tensors on; each stretch as it is filled. Threads may do so together."""
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done : done + _CHUNK]], self._start + start + done)
+            if not count:
+                raise ValueError(f"{self._file.name} is damaged: it became shorter while it was read")
+            yield target[done : done + count]
+            done += count
