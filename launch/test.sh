@@ -5,4 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/environment.sh
 install_lumina -e ".[test]"
-python -m pytest "$@"
+# Two at once: tests of many ranks take two cores each as it is.
+python -m pytest -n 2 --dist loadfile "$@"

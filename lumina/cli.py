@@ -16,6 +16,9 @@ from lumina.cli_data import add_data
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 
+_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+
+
 class _Parser(argparse.ArgumentParser):
     """Examples in every help, nearest option in every error, no abbreviations."""
 
@@ -35,6 +38,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         # Each parser refuses what it does not know, rather than the outermost for all: it knows the nearest option.
         namespace, unknown = super().parse_known_args(args, namespace)
+        if hasattr(namespace, "overrides"):  # argparse looks for them in one place only: they may follow options too
+            namespace.overrides += [word for word in unknown if _SETTING.match(word)]
+            unknown = [word for word in unknown if not _SETTING.match(word)]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown

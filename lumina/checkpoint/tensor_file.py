@@ -182,7 +182,7 @@ class StoredTensors:
         return digest.hexdigest()
 
     def _chunks(self, start: int, target: memoryview) -> Iterator[memoryview]:
-        """Fill `target` from byte `start` of the tensors on; each stretch as it is filled. Threads may do so together."""
+        """Fill `target` from byte `start` of the tensors on; each stretch as it is filled. Threads may share."""
         done = 0
         while done < len(target):
             count = os.preadv(self._file.fileno(), [target[done : done + _CHUNK]], self._start + start + done)

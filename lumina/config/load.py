@@ -34,7 +34,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        hint = "; a value with { } in it, as of shards, stands in quotes" if "{" in text else ""
+        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)}{hint})") from error
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

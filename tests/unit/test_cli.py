@@ -341,6 +341,22 @@ def test_the_examples_are_understood():
             _parser().parse_args(words[1:])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train CONFIG a.b=1 c=2 --allow-missing p.*",
+        "train CONFIG --allow-missing p.* a.b=1 c=2",
+        "train CONFIG a.b=1 --allow-missing p.* c=2",
+        "train --allow-missing p.* CONFIG a.b=1 c=2",
+    ],
+)
+def test_settings_may_stand_anywhere(words):
+    from lumina.cli import _parser
+
+    parsed = _parser().parse_args(words.split())
+    assert (parsed.config, parsed.overrides, parsed.allow_missing) == ("CONFIG", ["a.b=1", "c=2"], ["p.*"])
+
+
 def test_help_waits_for_no_library():
     code = (
         "import sys\nfrom lumina.cli import main\n"
