@@ -29,6 +29,8 @@ from lumina.model.presets import PRESETS
 from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PASS_SECONDS = 2.0
+"""Of products that stand for a forward and backward pass; a step of such models takes longer on any machine."""
 STATES = {"training": (WEIGHTS, EMA, *MOMENTS), "weights": (WEIGHTS,)}
 
 
@@ -219,12 +221,18 @@ class _Bench:
         path.unlink()
 
     def save_beside(self, what: str, repetition: int) -> Iterator[Row]:
-        """How long training waits, and until when it writes; the first time takes the memory that all others use."""
+        """How long training waits: to begin, and, after a pass, before its update. The first takes memory for all."""
         shutil.rmtree(self.run, ignore_errors=True)
-        yield self._timed(
-            f"{what}: training waits", repetition, lambda: self.background.start(self._named(1), self.state)
-        )
-        yield self._timed(f"{what}: the rest", repetition, self.background.finish)
+        product, written = torch.randn(1024, 1024), time.perf_counter()
+        self.background.start(self._named(1), self.state)
+        began = time.perf_counter()
+        while time.perf_counter() < began + PASS_SECONDS:
+            torch.mm(product, product)
+        self.background.before_update()
+        waited = self.background.take_seconds()
+        self.background.finish()
+        yield Row(f"{what}: training waits", repetition, self.total, waited, None)
+        yield Row(f"{what}: until it is whole", repetition, self.total, time.perf_counter() - written, None)
 
     def _named(self, step: int) -> SaveState:
         return SaveState(step, step, data={}, model=self.sizes.to_dict())

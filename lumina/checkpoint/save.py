@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +79,9 @@ class Saver:
     Each rank writes its pieces into a temporary folder and flushes them to the disk; when all have, the first rank
     adds the manifest, and only then is the folder renamed, so that one under its final name is always whole.
 
+    An asynchronous save copies while the next forward and backward pass runs: `before_update` must be called before
+    anything that was given to `start` changes.
+
     A save that fails is said and counted, and training goes on; three in a row, or one that is waited for to the
     end by `finish`, raise OSError on every rank. What was saved before stays as it was.
     """
@@ -87,6 +93,9 @@ class Saver:
         self._writing: Future[_Written] | None = None
         self._removing: Future[None] | None = None
         self._copies: list[Tensor] = []
+        self._copied = Event()
+        self._copied.set()
+        self._held_up = 0.0
         self._failures, self._failure = 0, ""
 
     @property
@@ -95,12 +104,16 @@ class Saver:
         return self._writing is None or self._writing.done()
 
     def start(self, state: SaveState, pieces: Iterable[Piece]) -> str:
-        """Save the pieces as they are now. Returns when they are saved, or, asynchronous, when they have been copied.
+        """Save the pieces as they are now, or, asynchronous, begin to.
 
         Returns:
             What went wrong, in this save or the one before it; empty where nothing did.
         """
-        problem = self._settle()
+        with self._counted():
+            return self._start(state, pieces)
+
+    def _start(self, state: SaveState, pieces: Iterable[Piece]) -> str:
+        problem, asynchronous = self._settle(), self._config.checkpoint.asynchronous
         self._state = state
         temporary = self._temporary()
         unmade = ""
@@ -117,10 +130,15 @@ class Saver:
             self._writing = Future()
             self._writing.set_result(_Written(unmade))
         else:
-            mine = list(self._copied(pieces) if self._config.checkpoint.asynchronous else pieces)
-            path = temporary / f"rank_{self._mesh.world.rank:05d}.safetensors"
-            self._writing = self._thread.submit(_write, path, mine)
-        return problem if self._config.checkpoint.asynchronous else problem or self._settle()
+            path, mine = temporary / f"rank_{self._mesh.world.rank:05d}.safetensors", list(pieces)
+            if asynchronous:
+                self._copied.clear()
+                on_device = any(piece.values.is_cuda for piece in mine)
+                now = torch.cuda.current_stream().record_event() if on_device else None
+                self._writing = self._thread.submit(self._copy_and_write, path, mine, now)
+            else:
+                self._writing = self._thread.submit(_write, path, mine)
+        return problem if asynchronous else problem or self._settle()
 
     def advance(self, all_ready: bool) -> str:
         """Once a step, with whether every rank is `ready`: make a save visible that all have written.
@@ -128,11 +146,23 @@ class Saver:
         Returns:
             What went wrong; empty where nothing did.
         """
-        return self._settle() if all_ready else ""
+        with self._counted():
+            return self._settle() if all_ready else ""
+
+    def before_update(self) -> None:
+        """Wait until what is being saved has been copied: it may change after that."""
+        with self._counted():
+            self._copied.wait()
+
+    def take_seconds(self) -> float:
+        """For how long saving has held up the caller since this was last asked."""
+        seconds, self._held_up = self._held_up, 0.0
+        return seconds
 
     def wait(self) -> str:
         """Wait for what is in flight. Returns what went wrong; empty where nothing did."""
-        return self._settle()
+        with self._counted():
+            return self._settle()
 
     def finish(self) -> None:
         """Wait for what is in flight.
@@ -154,18 +184,39 @@ class Saver:
         final = step_folder(self._run_dir, self._state.step)
         return final.with_name(f".{final.name}.partial")
 
-    def _copied(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces on the host, in memory that is taken once and used by every save."""
-        on_device = False
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._held_up += time.perf_counter() - started
+
+    def _copy_and_write(self, path: Path, pieces: Sequence[Piece], now: torch.cuda.Event | None) -> _Written:
+        """On the thread. The copies are in memory that is taken once and used by every save.
+
+        `now`: on a GPU, when the pieces were as they are to be saved.
+        """
+        try:
+            if now is None:
+                copies = list(self._copies_of(pieces))
+            else:
+                stream = torch.cuda.Stream()
+                stream.wait_event(now)
+                with torch.cuda.stream(stream):
+                    copies = list(self._copies_of(pieces))
+                stream.synchronize()
+        finally:
+            self._copied.set()
+        return _write(path, copies)
+
+    def _copies_of(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
         for number, piece in enumerate(pieces):
+            values = piece.values.detach().view(-1)
             if number == len(self._copies):
-                pinned = piece.values.device.type == "cuda"
-                self._copies.append(torch.empty(piece.values.numel(), dtype=piece.values.dtype, pin_memory=pinned))
-            on_device |= piece.values.device.type == "cuda"
-            self._copies[number].copy_(piece.values.detach().view(-1), non_blocking=True)
+                self._copies.append(torch.empty(values.numel(), dtype=values.dtype, pin_memory=values.is_cuda))
+            self._copies[number].copy_(values, non_blocking=True)
             yield replace(piece, values=self._copies[number])
-        if on_device:
-            torch.cuda.current_stream().synchronize()
 
     def _settle(self) -> str:
         """Wait for the save in flight, if there is one, and make it visible."""

@@ -180,8 +180,13 @@ class Trainer:
 
     def _train(self, metrics: Metrics) -> bool:
         """As `run`."""
-        config, skipped_in_a_row, save_seconds = self.config, 0, 0.0
+        config, skipped_in_a_row = self.config, 0
         health = Health(config, self.mesh, self.engine, self.ema, self.step)
+
+        def before_update() -> None:
+            self.saver.before_update()
+            health.before_update()
+
         steps = iter(self.feed)
         while self.step < config.train.steps:
             self.step += 1
@@ -205,7 +210,7 @@ class Trainer:
                     global_samples=data.global_samples,
                     learning_rate=rate,
                     step=self.step,
-                    before_update=health.before_update,
+                    before_update=before_update,
                 )
                 health.after_update()
             skipped = result.outcome.skipped
@@ -241,7 +246,7 @@ class Trainer:
                     skipped=skipped,
                     epoch=data.epoch,
                     data_seconds=data_seconds,
-                    save_seconds=save_seconds,
+                    save_seconds=self.saver.take_seconds(),
                     bad_samples=int(bad),
                     spike=spike,
                     left_out=left_out,
@@ -254,7 +259,6 @@ class Trainer:
                     f"{skipped_in_a_row} steps in a row (to step {self.step}) had a loss or gradients that are not "
                     "finite and were skipped; lower train.learning_rate or look at the data, then resume"
                 )
-            saving = time.perf_counter()
             metrics.say(self.saver.advance(ready == self.mesh.world.size))
             if spike:
                 metrics.say(self.saver.wait())  # it may be what is gone back to
@@ -264,7 +268,6 @@ class Trainer:
                     return bool(stop)
             if saves:
                 self._save(data.state_after, metrics, wait=bool(stop) or last)
-            save_seconds = time.perf_counter() - saving
             if config.preview.every and (last or self.step % config.preview.every == 0):
                 self._preview(metrics)
             if last and skipped_in_a_row:

@@ -66,7 +66,7 @@ class Gate:
     def __init__(self, monkeypatch):
         self.open, self.files, write = threading.Event(), [], saving._write
 
-        def gated(path, pieces):
+        def gated(path, pieces):  # when they have been copied
             assert self.open.wait(timeout=30)
             self.files.append(path)
             return write(path, pieces)
@@ -81,6 +81,7 @@ def test_an_asynchronous_save_is_of_the_moment_it_was_asked_for(tmp_path, monkey
         saver, values = Saver(tmp_path, config, mesh), torch.arange(4.0)
         assert saver.ready
         saver.start(state_of(1), [Piece("master", "w", (4,), 0, values)])
+        saver.before_update()
         values += 100  # training goes on
         seen = [saver.ready, saver.advance(False), len(checkpoints_of(tmp_path))]
         gate.open.set()
@@ -97,6 +98,36 @@ def test_an_asynchronous_save_is_of_the_moment_it_was_asked_for(tmp_path, monkey
     first, second = (Checkpoint(folder).read("master", "w").tolist() for folder in checkpoints_of(tmp_path))
     assert first == [0.0, 1.0, 2.0, 3.0]
     assert second == [100.0, 101.0, 102.0, 103.0]
+
+
+def test_an_update_waits_for_the_copies(tmp_path, monkeypatch):
+    """They are made while the next pass runs, and what they are made of is about to change."""
+    may_copy, copies_of, order = threading.Event(), Saver._copies_of, []
+
+    def late(self, pieces):
+        assert may_copy.wait(timeout=30)
+        yield from copies_of(self, pieces)
+        order.append("copied")
+
+    monkeypatch.setattr(Saver, "_copies_of", late)
+
+    def work(mesh):
+        saver, values = Saver(tmp_path, config_of(tmp_path, **{"async": True}), mesh), torch.arange(4.0)
+        saver.start(state_of(1), [Piece("master", "w", (4,), 0, values)])
+        began, waited = saver.take_seconds(), threading.Timer(0.3, may_copy.set)
+        waited.start()
+        saver.before_update()
+        order.append("update")
+        values += 100
+        held_up = saver.take_seconds()
+        saver.finish()
+        saver.close()
+        return began, held_up
+
+    ((began, held_up),) = on_ranks(1, work)
+    assert order == ["copied", "update"]
+    assert began < 0.25 < held_up
+    assert Checkpoint(checkpoints_of(tmp_path)[0]).read("master", "w").tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_an_asynchronous_save_becomes_visible_when_all_have_written(tmp_path, monkeypatch):
