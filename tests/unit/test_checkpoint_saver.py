@@ -208,9 +208,23 @@ def test_the_newest_that_is_whole_is_taken_by_all_ranks(tmp_path):
 
     results = on_ranks(4, work)
     assert [step for step, _ in results] == [2, 2, 2, 2]
-    newest, before = results[0][1]
+    newest, before = results[0][1].values()
+    assert list(results[0][1]) == [folders[3], folders[2]]
     assert "step_00000004/rank_00000.safetensors is missing or damaged: its tensor master/w5" in newest
     assert "step_00000003 holds no manifest.json" in before
+
+    real_open = Path.open
+
+    def lost(path, *arguments, **keywords):
+        if path == folders[1] / "rank_00000.safetensors":
+            raise OSError(5, "Input/output error", str(path))
+        return real_open(path, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:  # a disk that cannot read it: on each rank that meets it
+        patch.setattr(Path, "open", lost)
+        assert [
+            checkpoint.manifest.step for checkpoint, _ in on_ranks(2, lambda m: newest_whole_checkpoint(tmp_path, m))
+        ] == [1, 1]
 
     for folder in folders[:2]:
         flip(folder / "config.yaml", 0)
