@@ -300,7 +300,7 @@ class Trainer:
         )
         metrics.say(self.saver.start(state, self._pieces()))
         if wait:
-            self.saver.finish()
+            metrics.say(self.saver.finish())
 
     def _pieces(self) -> Iterator[Piece]:
         """What this rank writes; of what several ranks hold, one writes it."""
