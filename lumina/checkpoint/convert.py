@@ -16,7 +16,7 @@ from lumina.checkpoint.folder import whole_folder, write_text
 from lumina.checkpoint.load import model_config
 from lumina.checkpoint.manifest import EMA, MOMENTS, WEIGHTS, FileEntry
 from lumina.checkpoint.prove import ConversionError, KindProof, prove_values, prove_weights
-from lumina.checkpoint.sources import KINDS, RECORD, open_source, settings_of
+from lumina.checkpoint.sources import KINDS, open_source, settings_of
 from lumina.checkpoint.targets import (
     DEFAULT_SHARD,
     Files,
@@ -29,6 +29,7 @@ from lumina.checkpoint.targets import (
 from lumina.checkpoint.tensor_reader import FLOATS
 from lumina.config.load import load_config
 from lumina.config.schema import Config
+from lumina.model.pretrained import RECORD
 
 TARGETS = ("inference", "upstream", "training")
 FORMATS = ("safetensors", "pth")

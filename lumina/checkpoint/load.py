@@ -234,35 +234,36 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     return Checkpoint(folders[-1]) if folders else None
 
 
-def newest_whole_checkpoint(run_dir: Path, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
+def newest_whole_checkpoint(run_dir: Path, mesh: Mesh) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest checkpoint of a run in which nothing is damaged, or None where there is none at all.
 
     Each rank checks a share of what is there; all take the same.
 
     Returns:
-        The checkpoint, and what is wrong with newer ones; the latter on the first rank.
+        The checkpoint, and what is wrong with newer ones, by folder; the latter on the first rank.
 
     Raises:
         ValueError: where all are damaged.
     """
-    folders, problems = mesh.from_first(checkpoints_of(run_dir)[::-1]), []
+    folders, problems = mesh.from_first(checkpoints_of(run_dir)[::-1]), {}
     for folder in folders:
         checkpoint, problem = None, ""
         try:
             checkpoint = Checkpoint(folder)
             problem = checkpoint.damage(mesh.world.rank, mesh.world.size)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a disk that fails to read it has lost it
             problem = str(error)
-        found = mesh.gather(problem) or []
+        found = [one for one in mesh.gather(problem) or [] if one]
         if not mesh.any(bool(problem)):
             return checkpoint, problems
-        problems += [problem for problem in found if problem][:1]
+        if found:
+            problems[folder] = found[0]
     if folders:
         raise ValueError(
             f"every checkpoint of {run_dir} is damaged, and training does not start anew over them: "
-            f"{'; '.join(problems) or 'the first process says why'}; name another run.dir, or move them away"
+            f"{'; '.join(problems.values()) or 'the first process says why'}; name another run.dir, or move them away"
         )
-    return None, []
+    return None, {}
 
 
 def model_config(config: Config) -> FlagDiTConfig:

@@ -154,6 +154,19 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return sorted(folder for folder in folders if re.fullmatch(r"step_\d{8}", folder.name) and folder.is_dir())
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint to what `checkpoints_of` does not take for one, its files as they are; where it is then.
+
+    Raises:
+        OSError: where it cannot be renamed.
+    """
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    return folder.rename(aside)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:

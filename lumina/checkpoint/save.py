@@ -164,17 +164,18 @@ class Saver:
         with self._counted():
             return self._settle()
 
-    def finish(self) -> None:
-        """Wait for what is in flight.
+    def finish(self) -> str:
+        """Wait for what is in flight. Returns what went wrong beside it; empty where nothing did.
 
         Raises:
             OSError: where the last save failed.
         """
-        problem = self._settle() or self._failure
+        problem = self._settle()
         if self._removing is not None:
             self._removing.result()
-        if problem:
-            raise OSError(problem)
+        if self._failure:
+            raise OSError(self._failure)
+        return problem
 
     def close(self) -> None:
         """Let go of the thread; a save that is in flight stays unfinished, and is swept away by the next."""
@@ -224,12 +225,13 @@ class Saver:
             return ""
         state, written = self._state, self._writing.result()
         reports = self._mesh.gather(written)
-        problem = ""
+        problem = untidy = ""
         if self._mesh.is_first:
             problem = next((f"rank {rank}: {r.problem}" for rank, r in enumerate(reports) if r.problem), "")
             if not problem:
                 try:
                     self._commit(state, reports)
+                    untidy = self._tidy(step_folder(self._run_dir, state.step))
                 except OSError as error:
                     problem = str(error)
             if problem:
@@ -237,7 +239,7 @@ class Saver:
         self._writing = self._state = None
         if not self._mesh.any(bool(problem)):
             self._failures, self._failure = 0, ""
-            return ""
+            return untidy
         self._failures += 1
         self._failure = (
             f"the checkpoint of step {state.step} could not be saved in {self._run_dir / FOLDER}: "
@@ -258,21 +260,36 @@ class Saver:
             _hide(final)
         temporary.rename(final)
         sync(final.parent)
-        replace_text(final.parent / LATEST, final.name + "\n")
+
+    def _tidy(self, newest: Path) -> str:
+        """Point to the newest and remove the oldest. What cannot be done is told: no reason to call it unsaved."""
+        problems = []
+        try:
+            replace_text(newest.parent / LATEST, newest.name + "\n")
+        except OSError as error:
+            problems.append(f"{LATEST} cannot be written ({error.strerror or error})")
         keep = self._config.checkpoint
         for old in checkpoints_of(self._run_dir)[: -keep.keep]:
             if not keep.keep_every or int(old.name.removeprefix("step_")) % keep.keep_every:
-                _hide(old)
-        self._removing = self._thread.submit(_sweep, list(final.parent.glob(".step_*.removed")))
+                try:
+                    _hide(old)
+                except OSError as error:
+                    problems.append(f"{old.name} cannot be removed ({error.strerror or error})")
+        self._removing = self._thread.submit(_sweep, list(newest.parent.glob(".step_*.removed")))
+        return f"{newest} is saved, but {', '.join(problems)}" if problems else ""
 
 
 def _hide(folder: Path) -> None:
     """Rename at once what takes long to remove: nothing half removed stands under a checkpoint's name."""
-    folder.rename(folder.with_name(f".{folder.name}.removed"))
+    hidden = folder.with_name(f".{folder.name}.removed")
+    _sweep([hidden])  # one that could not be removed
+    folder.rename(hidden)
 
 
 def _sweep(folders: Iterable[Path]) -> None:
     for folder in folders:
+        if folder.is_symlink():  # to where there is more room: what is there is not ours to remove
+            folder.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next save
 
 

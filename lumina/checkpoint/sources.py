@@ -14,12 +14,11 @@ from lumina.checkpoint.manifest import EMA, FOLDER, MANIFEST, WEIGHTS, FileEntry
 from lumina.checkpoint.tensor_reader import FLOATS, PickleFiles, PickleReader, SafetensorsReader, Stored, TensorReader
 from lumina.config.schema import Config, FlowConfig, TextConfig, VaeConfig
 from lumina.model.config import FlagDiTConfig
-from lumina.model.pretrained import read_config, safetensors_files
+from lumina.model.pretrained import check_hash, read_config, recorded_hashes, safetensors_files
 from lumina.model.public import STEMS, parallel_warning, public_files, read_arguments, sizes_of, split_dim
 
 # The autoencoder of the public models.
 PUBLIC_VAE = VaeConfig(model="stabilityai/sd-vae-ft-ema")
-RECORD = "conversion.json"
 KINDS = {"ema": EMA, "model": WEIGHTS}
 
 
@@ -64,12 +63,9 @@ class Source(ABC):
             ValueError: for a file that is not the one that an earlier conversion into this folder recorded.
         """
         found = {file.name: FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file)) for file in self.files()}
-        for name, recorded in _recorded(self.path).items():
-            if name in found and found[name].sha256 != recorded:
-                raise ValueError(
-                    f"{self.path / name} is damaged: it is not the file that was converted (SHA-256 differs from "
-                    f"that in {RECORD})"
-                )
+        for name, recorded in recorded_hashes(self.path).items():
+            if name in found:
+                check_hash(self.path / name, found[name].sha256, recorded)
         return found
 
 
@@ -278,14 +274,3 @@ def _facts_of_run(metrics: Path, step: int) -> dict[str, Any]:
     losses = [entry["loss"] for _, entry in sorted(by_step.items())[-100:] if entry["loss"] is not None]
     facts = {key: sum(entry[key] or 0 for entry in by_step.values()) for key in ("samples", "tokens")}
     return facts | ({"loss": round(sum(losses) / len(losses), 6)} if losses else {})
-
-
-def _recorded(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that a conversion wrote into a folder, by name."""
-    path = folder / RECORD
-    if not path.is_file():
-        return {}
-    try:
-        return {name: entry["sha256"] for name, entry in json.loads(path.read_text())["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, it does not list the files that were written; remove it") from error

@@ -52,8 +52,9 @@ def load_inert(path: Path, *, skeleton: bool = False) -> Any:
     except Exception as error:
         # What torch says first is how to load the file without this protection.
         text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        named = re.search(r"GLOBAL (\S+) was not an allowed global", text)
-        reason = f"it names {named.group(1)}" if named else (text.strip() or type(error).__name__).splitlines()[0]
+        named = re.search(r"\bGLOBAL (\S+)", text)
+        lines = [line.strip() for line in text.splitlines() if line.strip() and "weights_only" not in line]
+        reason = f"it names {named.group(1)}" if named else (lines or [type(error).__name__])[0]
         raise ValueError(
             f"{path}: refused, it is damaged or holds more than weights and settings ({reason})"
         ) from error

@@ -3,9 +3,10 @@
 Nothing that is read can run code: safetensors and JSON, and what `lumina.model.inert` reads of public `.pth` files.
 """
 
+import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from lumina.model.flag_dit import FlagDiT
 
 
+RECORD = "conversion.json"
+"""What `lumina convert` writes down of the files that it wrote, beside them."""
+
+
 def save_pretrained(model: "FlagDiT", directory: Path, extra: dict[str, Any] | None = None) -> None:
     """`config.json` ({"model": sizes} and what `extra` adds) and `model*.safetensors`."""
     from huggingface_hub import save_torch_state_dict
@@ -29,6 +34,7 @@ def save_pretrained(model: "FlagDiT", directory: Path, extra: dict[str, Any] | N
     (directory / "config.json").write_text(json.dumps({"model": model.config.to_dict()} | (extra or {}), indent=2))
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     save_torch_state_dict(state, directory, filename_pattern="model{suffix}.safetensors")
+    (directory / RECORD).unlink(missing_ok=True)  # of a model that was here before
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -125,7 +131,9 @@ def new_nextframe_token(dim: int) -> Tensor:
 
 
 def _read_safetensors(directory: Path) -> dict[str, Tensor]:
-    return {key: value for file in safetensors_files(directory) for key, value in load_safetensors(file).items()}
+    files = safetensors_files(directory)
+    check_recorded(files)
+    return {key: value for file in files for key, value in load_safetensors(file).items()}
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -153,6 +161,46 @@ def _files_in(index: Path) -> list[str]:
         raise ValueError(f"{index}: damaged, it does not say which file holds which tensor") from error
 
 
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a conversion wrote into a folder, by name; none where it wrote down nothing.
+
+    Raises:
+        ValueError: for a damaged record.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return {name: entry["sha256"] for name, entry in json.loads(path.read_text())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, it does not list the files that were written; remove it") from error
+
+
+def check_recorded(files: Iterable[Path]) -> None:
+    """Read files through, where a conversion wrote down their SHA-256.
+
+    Raises:
+        ValueError: for one that is not what was written.
+    """
+    for path in files:
+        recorded = recorded_hashes(path.parent).get(path.name)
+        if recorded is not None:
+            with path.open("rb") as file:
+                check_hash(path, hashlib.file_digest(file, "sha256").hexdigest(), recorded)
+
+
+def check_hash(path: Path, found: str, recorded: str) -> None:
+    """
+    Raises:
+        ValueError: where the SHA-256 that was `found` is not the recorded one.
+    """
+    if found != recorded:
+        raise ValueError(
+            f"{path} is damaged: it is not the file that was converted (SHA-256 differs from that in {RECORD}); "
+            "convert it anew"
+        )
+
+
 def load_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file; a damaged one is a `ValueError` that names it."""
     from safetensors import SafetensorError
@@ -173,6 +221,7 @@ def _load_state_dict(file: Path) -> dict[str, Tensor]:
 def _read_public_weights(directory: Path, weights: str) -> dict[str, Tensor]:
     for which in ("ema", "model") if weights == "ema" else ("model",):
         if files := public_files(directory, which):
+            check_recorded(files)
             read = load_safetensors if files[0].suffix == ".safetensors" else _load_state_dict
             return _merge([read(file) for file in files], directory)
     raise ValueError(f"{directory} has no {STEMS['model']}.NN-of-MM.safetensors or .pth file")

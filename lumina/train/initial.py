@@ -11,7 +11,7 @@ from lumina.checkpoint.manifest import EMA, WEIGHTS
 from lumina.checkpoint.sources import open_source
 from lumina.config.schema import TrainConfig
 from lumina.model.flag_dit import FlagDiT
-from lumina.model.pretrained import listed, misfits
+from lumina.model.pretrained import check_recorded, listed, misfits
 from lumina.parallel.fragments import Fragment
 
 
@@ -29,6 +29,7 @@ class Start:
                 and is not allowed to be missing.
         """
         source = open_source(Path(train.init_from), model.config)
+        check_recorded(source.files())  # a checkpoint of ours checks what is read of it by itself
         self._source, self._carry_ema = source, train.init_ema
         kind = {"model": WEIGHTS, "ema": EMA}[train.init_weights]
         if kind not in source.tensors and len({WEIGHTS, EMA} & source.tensors.keys()) == 1:

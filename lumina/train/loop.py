@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, model_config, newest_whole_checkpoint
 from lumina.checkpoint.manifest import EMA as EMA_WEIGHTS
-from lumina.checkpoint.manifest import WEIGHTS, replace_text
+from lumina.checkpoint.manifest import WEIGHTS, replace_text, set_aside
 from lumina.checkpoint.save import Piece, Saver, SaveState
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
@@ -81,8 +81,8 @@ class Trainer:
     def __init__(self, config: Config, model: FlagDiTConfig, mesh: Mesh, signals: StopSignals):
         self.config, self.mesh, self.signals = config, mesh, signals
         self.run_dir = Path(config.run.dir)
-        checkpoint, damaged = newest_whole_checkpoint(self.run_dir, mesh)
-        self._notes = [f"a checkpoint is passed over: {problem}" for problem in damaged]
+        checkpoint, self._damaged = newest_whole_checkpoint(self.run_dir, mesh)
+        self._notes = [f"a checkpoint is passed over: {problem}" for problem in self._damaged.values()]
         if checkpoint is not None:
             _check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
@@ -154,6 +154,9 @@ class Trainer:
         with ExitStack() as stack:
             first_then_others(self.mesh, lambda first: stack.enter_context(run_folder(self.run_dir)) if first else None)
             if self.mesh.is_first and self.step < self.config.train.steps:
+                # One that stayed would be the newest for `checkpoint.keep`, a rollback and whoever opens the run.
+                aside = [set_aside(folder) for folder in self._damaged]
+                self._notes += [f"it is set aside as {folder}; remove it when you need it no more" for folder in aside]
                 replace_text(self.run_dir / "config.yaml", dump_config(self.config))
             metrics = stack.enter_context(Metrics(self.config, self.step + 1, enabled=self.mesh.is_first))
             self._introduce(metrics)
@@ -300,7 +303,7 @@ class Trainer:
         )
         metrics.say(self.saver.start(state, self._pieces()))
         if wait:
-            self.saver.finish()
+            metrics.say(self.saver.finish())
 
     def _pieces(self) -> Iterator[Piece]:
         """What this rank writes; of what several ranks hold, one writes it."""

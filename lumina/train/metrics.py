@@ -82,7 +82,7 @@ class Metrics:
         run_dir = Path(config.run.dir)
         self._path = run_dir / METRICS
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < first_step]
+            kept = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) < first_step]
             replace_text(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("ab", buffering=0)
         self._bytes, self._waiting = self._path.stat().st_size, []

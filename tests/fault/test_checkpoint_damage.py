@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint
-from lumina.checkpoint.manifest import MANIFEST, MANIFEST_HASH
+from lumina.checkpoint.manifest import LATEST, MANIFEST, MANIFEST_HASH
 from lumina.checkpoint.save import Piece
 from lumina.config.load import validate
 from lumina.parallel.fragments import Part
-from tests.parallel.runs import tiny_config
+from tests.parallel.runs import metrics_of, tiny_config, train_on
 from tests.unit.checkpoints import save, save_on_ranks, whole
 
 FILES = ["config.yaml", MANIFEST, MANIFEST_HASH, "rank_00000.safetensors", "rank_00001.safetensors"]
@@ -164,3 +164,21 @@ def test_a_folder_without_its_manifest_is_named(tmp_path, config):
     (folder.with_name("step_00000007") / MANIFEST).unlink()
     with pytest.raises(ValueError, match="step_00000007 holds no manifest"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_damaged_one_is_set_aside_by_the_run_that_passes_it_over(digits, tmp_path):
+    """It is newer than all that are saved next: had it stayed, `keep` would have spared it and removed the others."""
+    run = tmp_path / "run"
+    train_on(1, tiny_config(run, digits, train__steps=6, checkpoint__every=3))
+    damaged = run / "checkpoints" / "step_00000006"
+    sound = (damaged / "rank_00000.safetensors").read_bytes()
+    (damaged / "rank_00000.safetensors").write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    train_on(1, tiny_config(run, digits, train__steps=5, checkpoint={"every": 1, "keep": 1}))
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == [LATEST, "step_00000005", "step_00000006.damaged"]
+    assert latest_checkpoint(run).damage() == ""
+    # Nothing of it is lost, and what goes on from there is the run that it was.
+    assert (run / "checkpoints" / "step_00000006.damaged" / "config.yaml").is_file()
+    train_on(1, tiny_config(run, digits, train__steps=6, checkpoint__keep=1))
+    assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4, 5, 6]
+    assert (latest_checkpoint(run).directory / "rank_00000.safetensors").read_bytes() == sound

@@ -1,6 +1,7 @@
 """The saver: whole or not visible, one save in flight, failures counted and survived."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -50,6 +51,48 @@ def test_a_step_that_comes_by_again_replaces_the_old_one(tmp_path, config):
     save(tmp_path, config, 5, [Piece("master", "w", (2,), 0, torch.tensor([7.0, 8.0]))])
     assert Checkpoint(checkpoints_of(tmp_path)[0]).read("master", "w").tolist() == [7.0, 8.0]
     assert names(tmp_path) == [LATEST, "step_00000005"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_cannot_be_tidied_makes_no_save_a_failed_one(tmp_path, monkeypatch, asynchronous):
+    """Neither the pointer nor an old checkpoint that stays: four in a row are saved, told, and no reason to stop."""
+    config, rename = config_of(tmp_path, keep=1, **{"async": asynchronous}), Path.rename
+
+    def refused(path, target):
+        if path.name == "step_00000001" or target.name == LATEST:
+            raise PermissionError(1, "Operation not permitted")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+
+    def work(mesh):
+        saver, told = Saver(tmp_path, config, mesh), []
+        for step in (1, 2, 3, 4):
+            values = torch.tensor([float(mesh.world.rank)])
+            told.append(saver.start(state_of(step), [Piece("master", "w", (2,), mesh.world.rank, values)]))
+        told.append(saver.finish())
+        saver.close()
+        return told[int(asynchronous) :][:4]
+
+    first, second = on_ranks(2, work)
+    assert [re.findall(r"step_0000000\d|latest", text) for text in first] == [
+        ["step_00000001", "latest"],
+        *([f"step_0000000{step}", "latest", "step_00000001"] for step in (2, 3, 4)),
+    ]
+    assert second == [""] * 4
+    assert [folder.name for folder in checkpoints_of(tmp_path)] == ["step_00000001", "step_00000004"]
+
+
+def test_a_checkpoint_elsewhere_goes_without_a_trace_here(tmp_path):
+    """One that was moved to another disk, with a link in its place."""
+    config = config_of(tmp_path, keep=1)
+    folder = save(tmp_path, config, 1)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert Checkpoint(folder).damage() == ""
+    save(tmp_path, config, 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [LATEST, "step_00000002"]
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
 
 
 def test_what_the_manifest_says_beside_the_tensors(tmp_path, config):
@@ -239,9 +282,23 @@ def test_the_newest_that_is_whole_is_taken_by_all_ranks(tmp_path):
 
     results = on_ranks(4, work)
     assert [step for step, _ in results] == [2, 2, 2, 2]
-    newest, before = results[0][1]
+    newest, before = results[0][1].values()
+    assert list(results[0][1]) == [folders[3], folders[2]]
     assert "step_00000004/rank_00000.safetensors is missing or damaged: its tensor master/w5" in newest
     assert "step_00000003 holds no manifest.json" in before
+
+    real_open = Path.open
+
+    def lost(path, *arguments, **keywords):
+        if path == folders[1] / "rank_00000.safetensors":
+            raise OSError(5, "Input/output error", str(path))
+        return real_open(path, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:  # a disk that cannot read it: on each rank that meets it
+        patch.setattr(Path, "open", lost)
+        assert [
+            checkpoint.manifest.step for checkpoint, _ in on_ranks(2, lambda m: newest_whole_checkpoint(tmp_path, m))
+        ] == [1, 1]
 
     for folder in folders[:2]:
         flip(folder / "config.yaml", 0)

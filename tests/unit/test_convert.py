@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint
 from lumina.checkpoint.manifest import write_manifest
 from lumina.config.load import load_config
+from lumina.config.schema import TrainConfig
 from lumina.inference.pipeline import LuminaPipeline
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
+from lumina.train.initial import Start
 from tests.unit.converting import (
     KINDS,
     OPTIMIZER_STEPS,
@@ -200,15 +202,28 @@ def test_the_record_says_what_was_done(tmp_path, run):
     assert json.loads((tmp_path / "unproven" / "conversion.json").read_text())["proof"] is None
 
 
-def test_a_file_that_changed_after_a_conversion_is_named(tmp_path, run):
-    to(run[0], tmp_path / "inference", "inference")
-    path = tmp_path / "inference" / "model.safetensors"
+@pytest.mark.parametrize(("target", "weights"), [("inference", "model"), ("upstream", "consolidated_ema.00-of-01")])
+def test_a_file_that_changed_after_a_conversion_is_named(tmp_path, run, target, weights):
+    """By all that open the folder; where another model is saved over it, that one is meant."""
+    folder = tmp_path / target
+    to(run[0], folder, target)
+    model, path = FlagDiT.from_pretrained(folder), folder / f"{weights}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged: .*SHA-256 differs"):
-        to(tmp_path / "inference", tmp_path / "again", "upstream")
-    assert [p.name for p in tmp_path.iterdir()] == ["inference"]
+    damaged = pytest.raises(ValueError, match=rf"{weights}.safetensors is damaged: .*SHA-256 differs")
+    with damaged:
+        to(folder, tmp_path / "again", "inference")
+    with damaged:
+        FlagDiT.from_pretrained(folder)
+    with torch.device("meta"):
+        drawn = FlagDiT(model.config)
+    with damaged:
+        Start(TrainConfig(steps=1, init_from=str(folder)), drawn)
+    if target == "inference":
+        model.save_pretrained(folder)
+        assert FlagDiT.from_pretrained(folder).config == model.config
+    assert [path.name for path in tmp_path.iterdir()] == [target]
 
 
 # Frames.

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
+from lumina.model.inert import load_inert
 from lumina.model.pretrained import load_safetensors
 
 FILE = Path(__file__).parents[1] / "fixtures" / "flag_dit_tiny.safetensors"
@@ -333,6 +335,23 @@ class Payload:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("module", ["os", "sys", "builtins", "tests.elsewhere"])
+def test_a_refused_pickle_is_told_by_what_it_names(tmp_path, module):
+    """Torch words it otherwise for modules that it blocks, and then advises to load the file without protection."""
+    file, named = tmp_path / "model_args.pth", "system" if module == "builtins" else f"{module}.system"
+    torch.save({"a": torch.zeros(1)}, file)
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    code = f"c{module}\nsystem\n(S'true'\ntR.".encode()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, b"\x80\x02" + code if name.endswith("data.pkl") else data)
+    with pytest.raises(ValueError, match="refused, it is damaged") as caught:
+        load_inert(file)
+    assert f"(it names {named})" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize("where", ["consolidated.00-of-01.pth", "consolidated_ema.00-of-01.pth", "model_args.pth"])

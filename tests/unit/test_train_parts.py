@@ -276,6 +276,14 @@ def test_a_line_a_step_with_the_agreed_keys(config, tmp_path):
     assert lines[0]["skipped"] is False
 
 
+def test_a_line_that_a_power_cut_spoilt_is_dropped(config, tmp_path):
+    write_lines(config, [1, 2])
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 3, "lo\xff\xfe\n\0\0\n')
+    write_lines(config, [3])
+    assert [one["step"] for one in metrics_of(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_a_line_is_on_disk_when_it_is_written(config, tmp_path):
     with Metrics(config, 1, enabled=True) as metrics:
         metrics.write(line(1))
