@@ -180,6 +180,11 @@ class Checkpoint:
         return path
 
     def _damaged(self, name: str, what: str) -> ValueError:
+        if not self.directory.exists():
+            return ValueError(
+                f"{self.directory} is gone since it was opened: a run that trains keeps as many as its checkpoint.keep "
+                "says; take the newest, or let it keep more"
+            )
         return ValueError(f"{self.directory / name} is missing or damaged: {what}; take another checkpoint")
 
 

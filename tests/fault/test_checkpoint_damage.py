@@ -158,6 +158,13 @@ def test_a_changed_configuration_is_refused(tmp_path, config):
         _ = Checkpoint(folder).config
 
 
+def test_one_that_a_run_removed_while_it_was_read_is_not_called_damaged(tmp_path, config):
+    checkpoint = Checkpoint(save(tmp_path, config, 1))
+    checkpoint.directory.rename(checkpoint.directory.with_name(".step_00000001.removed"))
+    with pytest.raises(ValueError, match=r"step_00000001 is gone since it was opened: .*checkpoint\.keep"):
+        checkpoint.state_dict("master")
+
+
 def test_a_folder_without_its_manifest_is_named(tmp_path, config):
     folder = save(tmp_path, config)
     shutil.copytree(folder, folder.with_name("step_00000007"))
