@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -119,7 +119,7 @@ class Saver:
         else:
             mine = list(self._copied(pieces) if self._config.checkpoint.asynchronous else pieces)
             path = temporary / f"rank_{self._mesh.world.rank:05d}.safetensors"
-            self._writing = self._thread.submit(_write, path, mine)
+            self._writing = self._thread.submit(_write, path, mine, self._mesh.activity.wrote)
         return problem if self._config.checkpoint.asynchronous else problem or self._settle()
 
     def advance(self, all_ready: bool) -> str:
@@ -221,7 +221,7 @@ def _sweep(folders: Iterable[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next save
 
 
-def _write(path: Path, pieces: Sequence[Piece]) -> _Written:
+def _write(path: Path, pieces: Sequence[Piece], wrote: Callable[[], None]) -> _Written:
     if not pieces:
         return _Written("")
     keys = [f"{piece.kind}/{piece.name}" for piece in pieces]
@@ -232,6 +232,7 @@ def _write(path: Path, pieces: Sequence[Piece]) -> _Written:
         with TensorFile(path, tensors, hash_tensors=True) as file:
             for key, piece in zip(keys, pieces, strict=True):
                 file.write(key, piece.values)
+                wrote()
             entry = file.close()
     except OSError as error:
         return _Written(f"{path.name}: {error.strerror or error}")

@@ -22,10 +22,12 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import forward_flops
 from lumina.model.pretrained import check_fit
+from lumina.parallel.activity import Phase
 from lumina.parallel.engine import Engine
 from lumina.parallel.layout import check_layout, describe
 from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, open_mesh
 from lumina.parallel.randomness import Randomness
+from lumina.parallel.watchdog import watch
 from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.feed import Feed
@@ -49,7 +51,7 @@ def train(config: Config) -> None:
     check_layout(config, model, World.from_environment().size)
     mesh = open_mesh(config.parallel)
     try:
-        with StopSignals() as signals:
+        with StopSignals() as signals, watch(config, mesh):
             trainer = Trainer(config, model, mesh, signals)
             try:
                 trainer.run()
@@ -175,11 +177,12 @@ class Trainer:
             metrics.say(f"resuming {self.run_dir} after step {self.step}")
 
     def _train(self, metrics: Metrics) -> None:
-        config, skipped_in_a_row, save_seconds = self.config, 0, 0.0
+        config, activity, skipped_in_a_row, save_seconds = self.config, self.mesh.activity, 0, 0.0
         steps = iter(self.feed)
         while self.step < config.train.steps:
             self.step += 1
             started = time.perf_counter()
+            activity.enter(Phase.DATA, step=self.step)
             data = next(steps)
             packs = data.packs
             data_seconds = time.perf_counter() - started
@@ -193,6 +196,7 @@ class Trainer:
                 learning_rate=rate,
                 step=self.step,
             )
+            activity.enter(Phase.TOTALS)
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             flops = sum(self._flops(pack) for pack in packs)
             # What is said of whole packs is said once for all ranks that work on them.
@@ -201,7 +205,7 @@ class Trainer:
             loss, stop, savers_ready, tokens, flops, bad = self.mesh.sum(mine)
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
-            peak = peak_tflops(config, self.mesh.device)
+            peak, slowest = peak_tflops(config, self.mesh.device), activity.straggler
             metrics.write(
                 StepMetrics(
                     step=self.step,
@@ -219,6 +223,8 @@ class Trainer:
                     data_seconds=data_seconds,
                     save_seconds=save_seconds,
                     bad_samples=int(bad),
+                    slowest_rank=slowest.rank if slowest else None,
+                    slowest_ratio=slowest.ratio if slowest else None,
                 )
             )
             skipped_in_a_row = skipped_in_a_row + 1 if result.outcome.skipped else 0
@@ -227,6 +233,7 @@ class Trainer:
                     f"{skipped_in_a_row} steps in a row (to step {self.step}) had a loss or gradients that are not "
                     "finite and were skipped; lower train.learning_rate or look at the data, then resume"
                 )
+            activity.enter(Phase.SAVE)
             saving = time.perf_counter()
             if problem := self.saver.advance(savers_ready == self.mesh.world.size):
                 metrics.say(problem)
@@ -235,12 +242,14 @@ class Trainer:
                 self._save(data.state_after, metrics, wait=bool(stop) or last)
             save_seconds = time.perf_counter() - saving
             if config.preview.every and (last or self.step % config.preview.every == 0):
+                activity.enter(Phase.PREVIEW)
                 self._preview(metrics)
             if last and skipped_in_a_row:
                 metrics.say(f"the last {skipped_in_a_row} steps were not finite and were skipped: look at the loss")
             if stop:
                 metrics.say(f"asked to stop: saved after step {self.step}; the same command goes on from there")
-                return
+                break
+        activity.enter(Phase.CLOSING)
 
     def _flops(self, pack: TrainingPack) -> int:
         captions = pack.captions.lengths if pack.captions is not None else ()

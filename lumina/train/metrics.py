@@ -53,6 +53,8 @@ class StepMetrics:
     data_seconds: float
     save_seconds: float  # for which saving held training up since the line before
     bad_samples: int
+    slowest_rank: int | None = None  # steadily slower than its peers; null where none is
+    slowest_ratio: float | None = None  # of its own time to theirs
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:
