@@ -1,8 +1,8 @@
 """The watchdog: every rank sends heartbeats, two of them listen, and a run in which a rank has stopped is ended.
 
-Heartbeats are UDP datagrams of JSON, sent by a thread: nothing waits for them, and one that is lost does no harm. Rank 0
-listens, and a deputy on another host (or the last rank), for either may be the one that stops. What ends a run is
-written by all ranks that still answer, each its own stacks, into RUN/hangs.
+Heartbeats are UDP datagrams of JSON, sent by a thread: nothing waits for them, and one that is lost does no harm. Rank
+0 listens, and a deputy on another host (or the last rank), for either may be the one that stops. When a run is ended,
+all ranks that still answer write their stacks into RUN/hangs.
 """
 
 import faulthandler
@@ -32,7 +32,9 @@ from lumina.parallel.monitor import Beat, Monitor, Peer, Verdict
 from lumina.parallel.place import place_of
 
 _TICK = 0.1  # seconds between looks at the main thread
+_BEAT_SECONDS = 2.0  # at most: a thousand ranks must not keep those that listen busy
 _JUDGE_SECONDS = 0.25
+_COMPARE_SECONDS = 2.0
 _FADE_SECONDS = 60.0  # of what is known of a rank's pace
 _DEPUTY_SECONDS = 0.75  # that the deputy leaves rank 0 to judge first, so that one of them speaks
 _ANSWER_SECONDS = 1.0  # for ranks to say that they have written their stacks
@@ -70,7 +72,7 @@ class Watchdog:
         self._mesh, self._activity = mesh, mesh.activity
         self._hangs = Path(config.run.dir) / "hangs"
         self._timeout = config.watchdog.timeout
-        self._period = min(1.0, self._timeout / 8)
+        self._period = min(_BEAT_SECONDS, self._timeout / 8)
         self._groups = groups_of(mesh)
         self._main = threading.get_ident()
         family, first = _address_of_first()
@@ -111,7 +113,7 @@ class Watchdog:
 
     def _run(self) -> None:
         started = last = time.monotonic()
-        next_beat, next_judgement = last + self._period, last + _JUDGE_SECONDS
+        next_beat, next_judgement, next_comparison = last + self._period, last + _JUDGE_SECONDS, last
         # Not evenly: a look at the same point of every step would tell nothing of the others.
         while not self._ended.wait(_TICK * random.uniform(0.5, 1.5)):
             now = time.monotonic()
@@ -129,6 +131,9 @@ class Watchdog:
             if self._monitor is not None and now >= next_judgement:
                 next_judgement = now + _JUDGE_SECONDS
                 self._judge(now, started)
+            if self._mesh.is_first and now >= next_comparison:
+                next_comparison = now + _COMPARE_SECONDS
+                self._activity.straggler = self._monitor.straggler()
 
     def _look(self, seconds: float, now: float) -> None:
         """At the main thread: has it marked anything, and is it at work of its own."""
@@ -200,8 +205,6 @@ class Watchdog:
             return  # not of this run
 
     def _judge(self, now: float, started: float) -> None:
-        if self._mesh.is_first:
-            self._activity.straggler = self._monitor.straggler()
         if not self._said_unheard and now - started > self._timeout and (unheard := self._monitor.unheard()):
             self._said_unheard = True
             _say(

@@ -92,7 +92,7 @@ def test_ranks_know_each_other_and_write_into_files(tmp_path):
 def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
     body = "reached(attempt + 1)\nif attempt == 0: last()"
     run = Supervised(tmp_path, body)
-    (first, port), (second, _) = run.here(0, 0), run.here(0, 1)
+    (first, _), (second, _) = run.here(0, 0), run.here(0, 1)
     os.kill(second, signal.SIGKILL)
     code, said = run.end()
     assert code == 0
