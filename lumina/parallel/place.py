@@ -4,6 +4,7 @@ import linecache
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -82,6 +83,7 @@ def _read(innermost: FrameType) -> tuple[Place, bool]:
     return Place(None, _described(ours or innermost), False), in_backward
 
 
+@cache
 def _kind(code: CodeType) -> str:
     file = code.co_filename
     if file.endswith(_COLLECTIVES):

@@ -110,6 +110,7 @@ class Watchdog:
         for _ in range(2):  # one may be lost
             self._send({"left": self._mesh.world.rank, "error": error}, self._monitors)
         self._socket.close()
+        self._groups.clear()  # a connection is closed once nobody holds its group
 
     def _run(self) -> None:
         started = last = time.monotonic()
@@ -139,7 +140,7 @@ class Watchdog:
         """At the main thread: has it marked anything, and is it at work of its own."""
         if self._activity.progress != self._progress:
             self._progress, self._progressed = self._activity.progress, now
-        if Phase.DATA <= self._activity.at[1] <= Phase.TOTALS:
+        if Phase.DATA <= self._activity.at[1] <= Phase.OPTIMIZER:
             fade = exp(-seconds / _FADE_SECONDS)
             self._samples = self._samples * fade + 1.0
             self._own = self._own * fade + (not place_of(self._main).waits)
@@ -159,13 +160,22 @@ class Watchdog:
             collective=place.collective,
             place=place.caller,
             waits=place.waits,
-            calls={name: group._get_sequence_number_for_group() for name, group in self._groups.items()},
+            calls=self._calls(),
             own=round(self._own, 2),
             samples=round(self._samples, 2),
         )
         if self._monitor is not None:
             self._monitor.hear(beat, now)
         self._send({"beat": asdict(beat)}, [rank for rank in self._monitors if rank != beat.rank])
+
+    def _calls(self) -> dict[str, int]:
+        calls = {}
+        for name, group in self._groups.items():
+            try:
+                calls[name] = group._get_sequence_number_for_group()
+            except RuntimeError:  # of a group that has not been used, or has been closed
+                continue
+        return calls
 
     def _send(self, message: dict[str, Any], ranks: list[int]) -> None:
         data = json.dumps({"token": self._token} | message, separators=(",", ":")).encode()

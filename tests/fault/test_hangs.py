@@ -153,6 +153,23 @@ def test_a_rank_that_skips_a_collective(digits, tmp_path):
     assert calls[0] == calls[1] + 1
 
 
+def test_ranks_that_were_all_held_up_go_on(digits, tmp_path):
+    """As by Ctrl-Z and fg: for longer than the timeout nobody ran, and nobody is to blame."""
+    run = Run(2, digits, tmp_path)
+    run.wait_for_step(3)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in run.ranks:
+            os.kill(rank.pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(TIMEOUT + 1)
+    run.wait_for_step(len((run.run_dir / "metrics.jsonl").read_text().splitlines()) + 20)
+    time.sleep(1)
+    for rank in run.ranks:
+        os.kill(rank.pid, signal.SIGTERM)
+    assert run.end()[0] == [0, 0]
+    assert run.told == []
+
+
 def test_a_slow_rank_is_named_in_the_metrics(digits, tmp_path):
     run = Run(2, digits, tmp_path, "is slow", watchdog__timeout=30.0)
     deadline, named = time.monotonic() + 60, []

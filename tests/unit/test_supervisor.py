@@ -267,8 +267,3 @@ def test_what_is_refused(tmp_path, capsys, words, sentence):
     assert main(["launch", *(str(config) if word == "CONFIG" else word for word in words)]) == BAD_INPUT
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_it_starts_without_torch():
-    code = "import sys, lumina.launch.supervisor, lumina.cli, lumina.config.load; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
