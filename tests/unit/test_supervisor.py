@@ -13,7 +13,8 @@ import pytest
 
 from lumina.cli import main
 from lumina.config.exits import BAD_INPUT, CRASH_LOOP, FAILED, HANG
-from lumina.launch.console import Tail
+from lumina.launch.console import Console, Tail
+from lumina.launch.ranks import Rank
 from lumina.launch.supervisor import furthest_step, newest_checkpoint
 
 SUPERVISE = (
@@ -90,7 +91,20 @@ def test_ranks_know_each_other_and_write_into_files(tmp_path):
 
 
 def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
-    body = "reached(attempt + 1)\nif attempt == 0: last()"
+    """Not the rank that notices it; that one has a moment to write down what it sees."""
+    body = (
+        "reached(attempt + 1)\n"
+        "if attempt: sys.exit(0)\n"
+        "if rank: last()\n"
+        "def note(*_):\n"
+        "    time.sleep(0.3); (run / 'noted').touch(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, note)\n"
+        "other = run / 'here_0_1'\n"
+        "while not other.exists() or not other.read_text(): time.sleep(0.01)\n"
+        "stat = Path(f'/proc/{json.loads(other.read_text())[0]}/stat')\n"
+        "while ') Z' not in stat.read_text(): time.sleep(0.01)\n"
+        "time.sleep(0.2); say('lumina train: a rank is gone'); last()"
+    )
     run = Supervised(tmp_path, body)
     (first, _), (second, _) = run.here(0, 0), run.here(0, 1)
     os.kill(second, signal.SIGKILL)
@@ -100,6 +114,8 @@ def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
     host = os.uname().nodename
     assert told[0] == f"lumina launch: rank 1 on {host} (pid {second}) was ended by SIGKILL"
     assert told[1] == "lumina launch: starting again from the beginning (restart 1 of at most 100)"
+    assert "a rank is gone" not in said
+    assert (run.run_dir / "noted").exists()
     assert gone(first)
     assert run.here(1, 0)[0] not in (first, second)
     assert sorted(path.name for path in (run.run_dir / "logs").iterdir()) == ["attempt_0", "attempt_1"]
@@ -130,6 +146,26 @@ def test_the_first_error_is_told_once(tmp_path):
     assert said.count("gone") == 1
     assert "gloo" not in said
     assert "Broken" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        ("[gloo] Connection closed by peer", -9, "(pid 7) was ended by SIGKILL"),
+        ("the disk is full", -6, "rank 0 on here: the disk is full"),  # and it died in its leave
+        ("[gloo] Connection closed by peer", 1, "rank 0 on here: [gloo] Connection closed by peer"),
+    ],
+)
+def test_what_others_follow_from(tmp_path, capsys, error, code, told):
+    """An error that was written, and then a rank that ended."""
+    ranks = [Rank(n, object.__new__(subprocess.Popen), tmp_path / str(n), code=code if n else None) for n in range(2)]
+    ranks[1].process.pid = 7
+    ranks[0].log.write_text(f"lumina train: {error}\n")
+    ranks[1].log.touch()
+    console = Console("here", ranks)
+    console.follow()
+    console.tell_cause([ranks[1]])
+    assert told in capsys.readouterr().err
 
 
 def test_an_end_without_a_word(tmp_path):

@@ -248,7 +248,7 @@ class Standing:
 
     def __enter__(self):
         self._thread.start()
-        self._there.wait()
+        assert self._there.wait(20)
         return place_of(self._thread.ident)
 
     def __exit__(self, *_):
@@ -271,6 +271,20 @@ def test_a_thread_in_a_collective(monkeypatch):
         assert (place.collective, place.waits) == ("all_reduce", True)
         assert place.caller.startswith("lumina/parallel/mesh.py:")
         assert place.caller.endswith(" in sum")
+
+
+def test_a_thread_in_the_inside_of_a_collective():
+    """It goes by its public name."""
+    source = "def gather_object(block):\n    return _sizes(block)\n\ndef _sizes(block):\n    block()\n"
+    names = {}
+    types.FunctionType(compile(source, "/x/torch/distributed/distributed_c10d.py", "exec"), names)()
+
+    def call(block):
+        return names["gather_object"](block)
+
+    with Standing(call) as place:
+        assert (place.collective, place.waits) == ("gather_object", True)
+        assert place.caller.endswith(" in call")
 
 
 def test_a_thread_in_work_of_its_own(monkeypatch):
