@@ -12,9 +12,10 @@ from typing import NoReturn
 
 from lumina.cli_convert import add_convert
 from lumina.cli_data import add_data
-
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
-
+from lumina.cli_launch import add_launch
+from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
+from lumina.config.exits import DONE as EXIT_DONE
+from lumina.config.exits import FAILED as EXIT_FAILED
 
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with train.init_from: tensors that may be missing, left over or of other shapes, as 'cap_embedder.*'",
     )
     train.set_defaults(run=_train)
+    add_launch(verbs)
 
     sample = verbs.add_parser(
         "sample",
@@ -257,16 +259,16 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 failed, 2 bad input."""
+    """Run a verb; returns the exit code, as `config.exits` lists them."""
     given = sys.argv[1:] if arguments is None else arguments
     # DeepSpeed's launcher puts it before all else unless told --no_local_rank; the environment has it already.
     parsed = _parser().parse_args([word for word in given if not re.fullmatch(r"--local[-_]rank=\d+", word)])
     return _guarded(parsed.run, parsed)
 
 
-def _guarded(verb: Callable[[argparse.Namespace], None], parsed: argparse.Namespace) -> int:
+def _guarded(verb: Callable[[argparse.Namespace], int | None], parsed: argparse.Namespace) -> int:
     try:
-        verb(parsed)
+        code = verb(parsed)
     except KeyboardInterrupt:
         print("lumina: interrupted", file=sys.stderr)
         return EXIT_FAILED
@@ -282,7 +284,7 @@ def _guarded(verb: Callable[[argparse.Namespace], None], parsed: argparse.Namesp
         hint = "" if parsed.debug else " (--debug shows where)"
         print(f"lumina {parsed.verb}:{where} {kind}{_one_line(error)}{hint}", file=sys.stderr)
         return EXIT_FAILED
-    return EXIT_DONE
+    return EXIT_DONE if code is None else code
 
 
 def _one_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -137,7 +137,7 @@ class Saver:
                 now = torch.cuda.current_stream().record_event() if on_device else None
                 self._writing = self._thread.submit(self._copy_and_write, path, mine, now)
             else:
-                self._writing = self._thread.submit(_write, path, mine)
+                self._writing = self._thread.submit(_write, path, mine, self._mesh.activity.wrote)
         return problem if asynchronous else problem or self._settle()
 
     def advance(self, all_ready: bool) -> str:
@@ -209,7 +209,7 @@ class Saver:
                 stream.synchronize()
         finally:
             self._copied.set()
-        return _write(path, copies)
+        return _write(path, copies, self._mesh.activity.wrote)
 
     def _copies_of(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
         for number, piece in enumerate(pieces):
@@ -293,7 +293,7 @@ def _sweep(folders: Iterable[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what stays is tried again at the next save
 
 
-def _write(path: Path, pieces: Sequence[Piece]) -> _Written:
+def _write(path: Path, pieces: Sequence[Piece], wrote: Callable[[], None]) -> _Written:
     if not pieces:
         return _Written("")
     keys = [f"{piece.kind}/{piece.name}" for piece in pieces]
@@ -304,6 +304,7 @@ def _write(path: Path, pieces: Sequence[Piece]) -> _Written:
         with TensorFile(path, tensors, hash_tensors=True) as file:
             for key, piece in zip(keys, pieces, strict=True):
                 file.write(key, piece.values)
+                wrote()
             entry = file.close()
     except OSError as error:
         return _Written(f"{path.name}: {error.strerror or error}")

@@ -217,6 +217,18 @@ class PreviewConfig(Section):
         return self
 
 
+class WatchdogConfig(Section):
+    """What is done about ranks that stop without a word."""
+
+    enabled: bool = True
+    timeout: float = Field(
+        300.0,
+        ge=1,
+        description="seconds of silence, or without progress while others wait, after which a rank has stopped and "
+        "the run is ended; longer than a first step takes, or the drawing of a preview",
+    )
+
+
 class LogConfig(Section):
     """Where numbers go besides RUN/metrics.jsonl."""
 
@@ -240,4 +252,5 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     preview: PreviewConfig = PreviewConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()

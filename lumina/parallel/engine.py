@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lumina.config.deepspeed import deepspeed_config
 from lumina.config.schema import Config
 from lumina.model.flag_dit import Block, FlagDiT
+from lumina.parallel.activity import Phase
 from lumina.parallel.fragments import Fragment, Held, Part, Trained, fragments_of
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.optimizer import optimizer_of
@@ -80,7 +81,7 @@ class Engine:
             # Takes over torch's process groups, which the mesh has started; a pipeline wants it before its engine does.
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
             if mesh.pipeline.size > 1:
-                self._pipeline = PipelineStage(stage)
+                self._pipeline = PipelineStage(stage, mesh.activity)
                 module = _pipeline_module(self._pipeline, mesh, self._loss_of_last_stage)
                 self._engine, *_ = deepspeed.initialize(model=module, **settings)
             else:
@@ -131,6 +132,7 @@ class Engine:
     def _run(self, packs: Sequence[Conditions], noised: Callable, loss: Callable) -> list[Tensor]:
         shares = []
         for index, pack in enumerate(packs):
+            self.mesh.activity.enter(Phase.BATCH, batch=index)
             share = loss(pack, self._engine(noised(pack), pack))
             # DeepSpeed averages over ranks and forwards; our shares already carry their weight.
             self._engine.backward(share * self.mesh.gradient.size, scale_wrt_gas=False)
@@ -159,6 +161,7 @@ class Engine:
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip and apply the gradients; all ranks skip the step where any has a loss or gradient that is not finite."""
+        self.mesh.activity.enter(Phase.OPTIMIZER)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         # The norm, which is everybody's, tells of gradients. A loss may be infinite and its gradients not.

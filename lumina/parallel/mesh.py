@@ -8,7 +8,7 @@ data × ring × ulysses. Neighbours on the tensor and Ulysses axes, which talk m
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumina.config.schema import ParallelConfig
+from lumina.parallel.activity import Activity
 
 # How each launcher tells a process its rank, the world size and the rank on its host.
 _LAUNCHERS = (
@@ -95,6 +96,8 @@ class Mesh:
     weights: Axis = Axis()
     replica: Axis = Axis()
     sequence_parallel: bool = False
+    activity: Activity = field(default_factory=Activity)
+    """What this process is at; the watchdog reads it."""
 
     @property
     def leads_replica(self) -> bool:
@@ -231,6 +234,13 @@ def _parallel_state():
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
     return parallel_state
+
+
+def groups_of(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
+    """The process groups that are in use, by the name of their axis."""
+    axes = ("data", "pipeline", "ring", "ulysses", "tensor", "gradient", "weights", "replica")
+    groups = {name: getattr(mesh, name).group for name in axes}
+    return {"world": dist.group.WORLD} | {name: group for name, group in groups.items() if group is not None}
 
 
 def first_then_others(mesh: Mesh, work: Callable[[bool], T]) -> T:

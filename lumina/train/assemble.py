@@ -25,6 +25,7 @@ from lumina.parallel.layout import accumulation_steps
 from lumina.parallel.mesh import Mesh, first_then_others
 
 _LOCK = ".lock"
+_BEFORE_A_RUN = {_LOCK, "logs", "hangs"}  # what may stand in its folder before its configuration does
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +228,7 @@ def run_folder(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        held = any(path.name != _LOCK for path in run_dir.iterdir())
+        held = any(path.name not in _BEFORE_A_RUN for path in run_dir.iterdir())
         lock = (run_dir / _LOCK).open("w")
     except OSError as error:
         raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror or error}") from error

@@ -22,10 +22,12 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import forward_flops
 from lumina.model.pretrained import check_fit
+from lumina.parallel.activity import Phase
 from lumina.parallel.engine import Engine, StepOutcome
 from lumina.parallel.layout import check_layout, describe
 from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, open_mesh
 from lumina.parallel.randomness import Randomness
+from lumina.parallel.watchdog import watch
 from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.feed import Feed
@@ -58,6 +60,7 @@ def train(config: Config, signals: StopSignals | None = None) -> None:
         check_layout(config, model, World.from_environment().size)
         mesh = open_mesh(config.parallel)
         stack.callback(close_mesh, mesh)
+        stack.enter_context(watch(config, mesh))
         rollbacks = 0
         while not _run_from_newest(config, model, mesh, signals, again=rollbacks > 0):
             rollbacks += 1
@@ -183,7 +186,7 @@ class Trainer:
 
     def _train(self, metrics: Metrics) -> bool:
         """As `run`."""
-        config, skipped_in_a_row = self.config, 0
+        config, activity, skipped_in_a_row = self.config, self.mesh.activity, 0
         health = Health(config, self.mesh, self.engine, self.ema, self.step)
 
         def before_update() -> None:
@@ -194,6 +197,7 @@ class Trainer:
         while self.step < config.train.steps:
             self.step += 1
             started = time.perf_counter()
+            activity.enter(Phase.DATA, step=self.step)
             left_out = health.leaves_out(self.step)
             if left_out:
                 steps.close()
@@ -216,6 +220,7 @@ class Trainer:
                     before_update=before_update,
                 )
                 health.after_update()
+            activity.enter(Phase.TOTALS)
             skipped = result.outcome.skipped
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             flops = sum(self._flops(pack) for pack in packs)
@@ -233,7 +238,7 @@ class Trainer:
             health.examine(self.step, found, compare=saves or skipped or spike)
             seconds = time.perf_counter() - started
             tflops = flops / seconds / self.mesh.world.size / 1e12
-            peak = peak_tflops(config, self.mesh.device)
+            peak, slowest = peak_tflops(config, self.mesh.device), activity.straggler
             metrics.write(
                 StepMetrics(
                     step=self.step,
@@ -253,6 +258,8 @@ class Trainer:
                     bad_samples=int(bad),
                     spike=spike,
                     left_out=left_out,
+                    slowest_rank=slowest.rank if slowest else None,
+                    slowest_ratio=slowest.ratio if slowest else None,
                 )
             )
             if not left_out:
@@ -262,6 +269,7 @@ class Trainer:
                     f"{skipped_in_a_row} steps in a row (to step {self.step}) had a loss or gradients that are not "
                     "finite and were skipped; lower train.learning_rate or look at the data, then resume"
                 )
+            activity.enter(Phase.SAVE)
             metrics.say(self.saver.advance(ready == self.mesh.world.size))
             if spike:
                 metrics.say(self.saver.wait())  # it may be what is gone back to
@@ -272,12 +280,14 @@ class Trainer:
             if saves:
                 self._save(data.state_after, metrics, wait=bool(stop) or last)
             if config.preview.every and (last or self.step % config.preview.every == 0):
+                activity.enter(Phase.PREVIEW)
                 self._preview(metrics)
             if last and skipped_in_a_row:
                 metrics.say(f"the last {skipped_in_a_row} steps were not finite and were skipped: look at the loss")
             if stop:
                 self._stopped(metrics, f"saved after step {self.step}")
-                return True
+                break
+        activity.enter(Phase.CLOSING)
         return True
 
     def _stopped(self, metrics: Metrics, what: str) -> None:

@@ -57,6 +57,8 @@ class StepMetrics:
     bad_samples: int
     spike: bool
     left_out: bool  # by a rollback; such a step is skipped, and all its counts are 0
+    slowest_rank: int | None = None  # steadily slower than its peers; null where none is
+    slowest_ratio: float | None = None  # of its own time to theirs
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:

@@ -109,10 +109,10 @@ class Gate:
     def __init__(self, monkeypatch):
         self.open, self.files, write = threading.Event(), [], saving._write
 
-        def gated(path, pieces):  # when they have been copied
+        def gated(path, pieces, *rest):
             assert self.open.wait(timeout=30)
             self.files.append(path)
-            return write(path, pieces)
+            return write(path, pieces, *rest)
 
         monkeypatch.setattr(saving, "_write", gated)
 

@@ -102,7 +102,8 @@ def test_every_way_of_importing_is_seen(source):
 
 
 # Settings come from the configuration; a launcher's are read where the mesh is laid, LUMINA_KERNELS by the dispatcher.
-MAY_READ_ENVIRONMENT = ("lumina/parallel/", "lumina/cli.py", "kernels/dispatch.py")
+# What starts ranks hands its own environment on to them.
+MAY_READ_ENVIRONMENT = ("lumina/parallel/", "lumina/cli.py", "lumina/launch/ranks.py", "kernels/dispatch.py")
 
 
 @EACH
@@ -163,6 +164,13 @@ def test_the_model_and_its_pipeline_import_no_cluster():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_what_starts_ranks_needs_no_torch():
+    """It is at work before they are, and lives on when they have died."""
+    code = "import sys, lumina.cli, lumina.launch.supervisor\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

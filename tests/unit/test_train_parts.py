@@ -249,7 +249,7 @@ CONTRACT |= {"tflops_per_device", "mfu", "skipped"}
 
 
 def line(step, **changes):
-    numbers = {field.name: 1 if field.type == "int" or field.type is int else 1.0 for field in fields(StepMetrics)}
+    numbers = {field.name: 1 if "int" in str(field.type) else 1.0 for field in fields(StepMetrics)}
     return StepMetrics(
         **numbers | {"step": step, "mfu": None} | dict.fromkeys(("skipped", "spike", "left_out"), False) | changes
     )
