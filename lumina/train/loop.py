@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, model_config, newest_whole_checkpoint
 from lumina.checkpoint.manifest import EMA as EMA_WEIGHTS
-from lumina.checkpoint.manifest import WEIGHTS, replace_text, set_aside
+from lumina.checkpoint.manifest import WEIGHTS, checkpoints_of, replace_text, set_aside, step_folder
 from lumina.checkpoint.save import Piece, Saver, SaveState
 from lumina.config.load import dump_config
 from lumina.config.schema import Config
@@ -155,7 +155,7 @@ class Trainer:
             False where the run has to go back to its newest checkpoint, by another trainer.
         """
         with ExitStack() as stack:
-            first_then_others(self.mesh, lambda first: stack.enter_context(run_folder(self.run_dir)) if first else None)
+            first_then_others(self.mesh, lambda first: self._claim(stack) if first else None)
             if self.mesh.is_first and self.step < self.config.train.steps:
                 # One that stayed would be the newest for `checkpoint.keep`, a rollback and whoever opens the run.
                 aside = [set_aside(folder) for folder in self._damaged]
@@ -166,6 +166,17 @@ class Trainer:
             if self.mesh.is_first and not again and self.stop_file.asked():
                 metrics.say(self.stop_file.remove() or f"{self.stop_file.path} was there before the start: removed")
             return self._train(metrics)
+
+    def _claim(self, stack: ExitStack) -> None:
+        """Keep other processes out of the run's folder; one that was still in it may have saved since we looked."""
+        stack.enter_context(run_folder(self.run_dir))
+        newer = [
+            folder for folder in checkpoints_of(self.run_dir) if folder.name > step_folder(self.run_dir, self.step).name
+        ]
+        if unknown := [folder for folder in newer if folder not in self._damaged]:
+            raise ValueError(
+                f"another process saved {unknown[-1]} while this one started; start again to go on from it"
+            )
 
     def _introduce(self, metrics: Metrics) -> None:
         plan, parts = self.parts.plan, self.parts

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -171,6 +172,25 @@ def test_a_folder_without_its_manifest_is_named(tmp_path, config):
     (folder.with_name("step_00000007") / MANIFEST).unlink()
     with pytest.raises(ValueError, match="step_00000007 holds no manifest"):
         latest_checkpoint(tmp_path)
+
+
+def test_what_another_process_saved_since_is_not_passed_over(digits, tmp_path, monkeypatch):
+    """One that was told to stop, and was saving yet, when this one looked for the newest."""
+    from lumina.train import loop
+
+    run, run_folder = tmp_path / "run", loop.run_folder
+    loop.train(validate(tiny_config(run, digits, train__steps=1), "test"))
+
+    @contextmanager
+    def late(folder):
+        with run_folder(folder):
+            shutil.copytree(run / "checkpoints" / "step_00000001", run / "checkpoints" / "step_00000002")
+            yield
+
+    monkeypatch.setattr(loop, "run_folder", late)
+    with pytest.raises(ValueError, match=r"another process saved .*step_00000002 while this one started; start again"):
+        loop.train(validate(tiny_config(run, digits, train__steps=3), "test"))
+    assert [line["step"] for line in metrics_of(run)] == [1]
 
 
 def test_a_damaged_one_is_set_aside_by_the_run_that_passes_it_over(digits, tmp_path):
