@@ -150,12 +150,22 @@ class Metrics:
             if self._file.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._file.truncate(self._bytes)  # whole lines alone
+            self._drop_what_is_torn()
             if len(self._waiting) == 1:
                 self.say(f"{self._path} cannot be written ({error.strerror}): its lines wait until it can")
             return
         self._bytes += len(text)
         self._waiting.clear()
+
+    def _drop_what_is_torn(self) -> None:
+        """Whole lines alone stay; where a disk takes not even that, a resume drops what is torn."""
+        try:
+            self._file.truncate(self._bytes)
+        except OSError as error:
+            self._bytes = self._path.stat().st_size
+            if self._waiting[0] != "\n":
+                self.say(f"{self._path} may end in a part of a line ({error.strerror})")
+                self._waiting.insert(0, "\n")
 
     def _to_tensorboard(self, work: Callable[["SummaryWriter"], None]) -> None:
         if self._writer is None:

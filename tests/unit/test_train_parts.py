@@ -424,3 +424,31 @@ def test_the_loss_that_a_run_reports(digits, tmp_path):
     assert reported["samples"] == batch.global_samples
     assert reported.keys() >= CONTRACT
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[2]) == reported
+
+
+def test_a_disk_that_takes_nothing_any_more_stops_no_training(config, tmp_path, capsys):
+    """Neither a line nor the end of a torn one; when it takes lines again, they are all there."""
+    with Metrics(config, 1, enabled=True) as metrics:
+        metrics.write(line(1))
+        file = metrics._file
+
+        class Broken:
+            def write(self, text):
+                file.write(text[:7])
+                raise OSError(30, "Read-only file system")
+
+            def truncate(self, size):
+                raise OSError(30, "Read-only file system")
+
+        metrics._file = Broken()
+        metrics.write(line(2))
+        metrics.write(line(3))
+        metrics._file = file
+        metrics.write(line(4))
+        metrics._drop_what_is_torn()
+    whole = []
+    for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        if text.endswith("}"):
+            whole.append(json.loads(text)["step"])
+    assert whole == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("may end in a part of a line") == 1
