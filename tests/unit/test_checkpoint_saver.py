@@ -13,6 +13,7 @@ from lumina.checkpoint.load import Checkpoint, latest_checkpoint, newest_whole_c
 from lumina.checkpoint.manifest import LATEST, checkpoints_of
 from lumina.checkpoint.save import Piece, Saver
 from lumina.config.load import validate
+from lumina.parallel.activity import Phase
 from tests.parallel.runs import tiny_config
 from tests.unit.checkpoints import on_ranks, one_tensor, save, save_on_ranks, state_of, whole
 
@@ -245,6 +246,22 @@ def test_a_folder_that_cannot_be_made(tmp_path, config):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(OSError, match="step 1 could not be saved"):
         save(tmp_path, config)
+
+
+def test_a_save_that_goes_on_is_progress(tmp_path, config):
+    """For the watchdog, which would take a long one for a rank that has stopped."""
+    marks = []
+
+    def work(mesh):
+        saver = Saver(tmp_path, config, mesh)
+        pieces = [Piece("master", f"w{i}", (2,), 0, torch.ones(2)) for i in range(5)]
+        mesh.activity.enter(Phase.SAVE)
+        saver.start(state_of(1), pieces)
+        marks.append(mesh.activity.progress)
+        saver.close()
+
+    on_ranks(1, work)
+    assert marks == [1 + 5]
 
 
 def test_ranks_without_pieces_write_no_file(tmp_path, config):
