@@ -5,5 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/environment.sh
 install_lumina -e ".[test]"
-# Two at once: tests of many ranks take two cores each as it is.
-python -m pytest -n 2 --dist loadfile "$@"
+# Two at once, as tests of many ranks take two cores as it is; in their order, or the long ones would come last.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
