@@ -188,14 +188,17 @@ class _Bench:
         command = [sys.executable, "-m", "lumina", "convert", str(step_folder(self.run, 1)), str(target)]
         command += ["--to", "inference", "--weights", weights, "--dtype", "bf16", *options]
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)
+        process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
+        while process.poll() is None:
+            # Not what the system tells of it when it has ended: that begins with the peak of this process.
+            peak = max(peak, peak_resident_bytes(process.pid))
+            time.sleep(0.02)
         seconds = time.perf_counter() - start
-        if status:
+        if process.returncode:
             raise RuntimeError(f"{' '.join(command[2:])} failed")
         read = sum(piece.values.nbytes for piece in self.state if piece.kind == (EMA if weights == "ema" else WEIGHTS))
         shutil.rmtree(target)
-        yield Row(what, repetition, read, seconds, used.ru_maxrss * 1024)
+        yield Row(what, repetition, read, seconds, peak)
 
     def torch_save(self, what: str, repetition: int) -> Iterator[Row]:
         path = self.folder / "state.pt"
