@@ -12,7 +12,7 @@ from lumina.checkpoint.sources import Source
 from lumina.checkpoint.tensor_reader import Stored
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
-from lumina.model.pretrained import new_nextframe_token
+from lumina.model.pretrained import listed, misfits, new_nextframe_token
 
 NEXTFRAME = "nextframe_token"
 
@@ -94,17 +94,10 @@ class AdaptedSource(Source):
 
     def _check_fit(self, kind: str) -> None:
         held = {name: stored.shape for name, stored in self.tensors[kind].items()}
-        problems = [f"missing {name}" for name in self.shapes if name not in held]
-        problems += [f"unexpected {name} (--drop leaves it out)" for name in held if name not in self.shapes]
-        problems += [
-            f"{name} is {shape} instead of {self.shapes[name]}"
-            for name, shape in held.items()
-            if name in self.shapes and shape != self.shapes[name]
-        ]
-        if problems:
-            shown = "; ".join(problems[:8]) + ("" if len(problems) <= 8 else f"; and {len(problems) - 8} more")
+        if problems := misfits(self.shapes, held):
+            problems |= {n: f"{said} (--drop leaves it out)" for n, said in problems.items() if n not in self.shapes}
             model = "model" if self._sizes is None else "model of the configuration"
-            raise ValueError(f"{self.path} does not fit the {model}: {shown}")
+            raise ValueError(f"{self.path} does not fit the {model}: {listed(problems)}")
 
     def _check_moments(self) -> None:
         """Moments of every trained parameter, and of no other, or none."""

@@ -1,8 +1,8 @@
 """Saving: each rank its own pieces, durable before visible, beside the training if asked."""
 
-import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -297,8 +297,8 @@ def _write(path: Path, pieces: Sequence[Piece], wrote: Callable[[], None]) -> _W
     if not pieces:
         return _Written("")
     keys = [f"{piece.kind}/{piece.name}" for piece in pieces]
-    twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-    assert twice is None, f"{twice} twice from one rank"  # the second would replace the first
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    assert not twice, f"{twice[0]} twice from one rank"  # the second would replace the first
     tensors = {key: (p.values.dtype, (p.values.numel(),)) for key, p in zip(keys, pieces, strict=True)}
     try:
         with TensorFile(path, tensors, hash_tensors=True) as file:
@@ -328,7 +328,7 @@ def manifest_of(state: SaveState, files: dict[str, FileEntry], entries: Iterable
         version=VERSION,
         step=state.step,
         optimizer_steps=state.optimizer_steps,
-        data=json.loads(json.dumps(state.data)),
+        data=state.data,
         model=state.model,
         tensors=tensors,
         files=files,

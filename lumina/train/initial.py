@@ -48,6 +48,9 @@ class Start:
                 if name not in drawn:
                     parameter.copy_(source.read(kind, name))
         self.said = [f"starting from the {kind} weights of {train.init_from}, step {source.step}"]
+        if "nextframe_token" not in found and "nextframe_token" in drawn:
+            drawn.remove("nextframe_token")
+            self.said.append("nextframe_token is drawn: models of images have none")
         self.said += [f"drawn anew, as train.allow_missing lets it: {', '.join(drawn)}"] if drawn else []
         self.said += [f"left out, as train.allow_missing lets it: {', '.join(left)}"] if left else []
 
