@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -21,7 +22,7 @@ from lumina.checkpoint.manifest import (
     read_manifest,
     sha256_of,
 )
-from lumina.checkpoint.tensor_file import StoredTensors, sha256_of_tensor
+from lumina.checkpoint.tensor_file import StoredTensors
 from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.model.config import FlagDiTConfig
@@ -123,15 +124,18 @@ class Checkpoint:
     def damage(self, rank: int = 0, world: int = 1) -> str:
         """What is wrong with this rank's share of the folder, files and pieces; empty where nothing is.
 
-        Everything is read once, by one of the `world` ranks.
+        Everything is read once, by one of the `world` ranks: at the layout that saved it, by the one that wrote it,
+        whose host then has it in memory.
         """
         pieces = [piece for of_kind in self.manifest.tensors.values() for t in of_kind.values() for piece in t.pieces]
         pieces.sort(key=lambda piece: (piece.file, piece.key))
+        ends = list(accumulate(piece.numel for piece in pieces))
+        share = [p for p, end in zip(pieces, ends, strict=True) if (end - 1) * world // max(1, ends[-1]) == rank]
         try:
             for name in list(self.manifest.files)[rank::world]:
                 self._check(name)
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
-                for _ in pool.map(self._verify, pieces[rank::world]):
+                for _ in pool.map(self._verify, share):
                     pass
         except ValueError as error:
             return str(error)
@@ -140,8 +144,10 @@ class Checkpoint:
     def _stored(self, piece: PieceEntry) -> Tensor:
         """The piece's values, which are what was saved."""
         file = self._open(piece.file)
-        values = file.read(piece.key) if piece.key in file else None
-        if values is None or values.numel() != piece.numel or piece.sha256 not in (None, sha256_of_tensor(values)):
+        if piece.key not in file:
+            raise self._not_what_was_saved(piece)
+        values, sha256 = file.read(piece.key)
+        if values.numel() != piece.numel or piece.sha256 not in (None, sha256):
             raise self._not_what_was_saved(piece)
         return values
 

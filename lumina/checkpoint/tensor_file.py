@@ -1,11 +1,15 @@
 """One safetensors file, written tensor by tensor and hashed on the way, and read so: never in memory whole."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -26,14 +30,87 @@ NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
-_FLUSH, _CHUNK = 1 << 28, 1 << 24  # bytes
+_CHUNK, _BLOCK = 1 << 24, 1 << 12  # bytes: of a read or write, and what a disk takes as a whole
+
+
+class _DirectFile:
+    """A file written from front to back past the page cache, where there is such a way, while more is handed over.
+
+    The cache would cost a copy and a fresh page for each one written, of data that nobody reads soon.
+    """
+
+    def __init__(self, path: Path, size: int):
+        """`size`: bytes that will be written."""
+        self._direct = getattr(os, "O_DIRECT", 0)  # unknown to some systems
+        try:
+            self._file = self._open(path)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the file system knows no direct writing
+                raise
+            self._direct = 0
+            self._file = self._open(path)
+        self._blank = [mmap.mmap(-1, max(_BLOCK, min(_CHUNK, size))) for _ in range(2)]  # at page boundaries
+        self._filling, self._filled = self._blank.pop(), 0
+        self._written = 0
+        self._writing: tuple[mmap.mmap, Future[None]] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+
+    def _open(self, path: Path) -> FileIO:
+        return open(path, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags | self._direct, 0o666))
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            count = min(len(data), len(self._filling) - self._filled)
+            self._filling[self._filled : self._filled + count] = data[:count]
+            self._filled, data = self._filled + count, data[count:]
+            if self._filled == len(self._filling):
+                self._settle()
+                self._writing = self._filling, self._pool.submit(self._put, self._filling, self._filled)
+                self._filling, self._filled = self._blank.pop(), 0
+
+    def flush(self) -> None:
+        """Write what is left, and wait until the disk has all."""
+        self._settle()
+        self._put(self._filling, self._filled)
+        self._filled = 0
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._file.close()
+
+    def _settle(self) -> None:
+        if self._writing is not None:
+            buffer, writing = self._writing
+            writing.result()  # raises what went wrong
+            self._blank.append(buffer)
+            self._writing = None
+
+    def _put(self, buffer: mmap.mmap, size: int) -> None:
+        done = 0
+        with memoryview(buffer) as data:
+            while done < size:
+                if self._direct and (size - done) % _BLOCK:
+                    self._through_cache()  # the end of the file is no whole block
+                try:
+                    done += os.pwrite(self._file.fileno(), data[done:size], self._written + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self._direct:
+                        raise
+                    self._through_cache()  # larger blocks than ours are asked for
+        self._written += size
+
+    def _through_cache(self) -> None:
+        fd = self._file.fileno()
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~self._direct)
+        self._direct = 0
 
 
 class TensorFile:
     """A safetensors file that is being written; a context manager. Tensors come in the order in which they are listed.
 
-    Hashes are of the bytes that were meant, not of what a disk gave back. Hashing, writing and flushing go on beside
-    each other, so a tensor must stay as it is until the file is closed; few wait at a time.
+    Hashes are of the bytes that were meant, not of what a disk gave back. Hashing and writing go on beside each other,
+    so a tensor must stay as it is until the file is closed; few wait at a time.
     """
 
     def __init__(
@@ -56,14 +133,7 @@ class TensorFile:
         self.path, self._tensors = path, dict(tensors)
         self._waiting = list(reversed(self._tensors))
         self._digests = {key: hashlib.sha256() for key in self._tensors} if hash_tensors else {}
-        self._digest, self._bytes, self._unflushed = hashlib.sha256(), 0, 0
-        self._file = path.open("wb", buffering=0)
-        # One digest takes its bytes in order.
-        self._hashers = min(4, os.cpu_count() or 1) if hash_tensors else 1
-        self._hash_pool = ThreadPoolExecutor(self._hashers, thread_name_prefix="sha256")
-        self._flush_pool = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._hashing: deque[Future[None]] = deque()
-        self._flushing: Future[None] | None = None
+        self._digest = hashlib.sha256()
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for key, (dtype, shape) in self._tensors.items():
@@ -72,6 +142,12 @@ class TensorFile:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
+        self._bytes = 8 + len(text) + offset
+        self._file = _DirectFile(path, self._bytes)
+        # One digest takes its bytes in order.
+        self._hashers = min(4, os.cpu_count() or 1) if hash_tensors else 1
+        self._hash_pool = ThreadPoolExecutor(self._hashers, thread_name_prefix="sha256")
+        self._hashing: deque[Future[None]] = deque()
         self._put(memoryview(len(text).to_bytes(8, "little") + text), self._digest)
 
     @property
@@ -97,9 +173,7 @@ class TensorFile:
     def close(self) -> FileEntry:
         """Flush to the disk; what a manifest says of the file."""
         assert not self._waiting, f"{self.path} lacks {self._waiting[-1]}"
-        if self._flushing is not None:
-            self._flushing.result()
-        os.fsync(self._file.fileno())
+        self._file.flush()
         while self._hashing:
             self._hashing.popleft().result()
         self._end()
@@ -115,24 +189,11 @@ class TensorFile:
         if len(self._hashing) >= self._hashers:
             self._hashing.popleft().result()
         self._hashing.append(self._hash_pool.submit(digest.update, data))
-        self._bytes += len(data)
-        self._unflushed += len(data)
-        while data:
-            data = data[self._file.write(data) :]
-        if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
-            if self._flushing is not None:
-                self._flushing.result()  # raises what went wrong
-            self._flushing, self._unflushed = self._flush_pool.submit(os.fdatasync, self._file.fileno()), 0
+        self._file.write(data)
 
     def _end(self) -> None:
         self._hash_pool.shutdown()
-        self._flush_pool.shutdown()
         self._file.close()
-
-
-def sha256_of_tensor(values: Tensor) -> str:
-    """Of the bytes of a contiguous tensor on the CPU."""
-    return hashlib.sha256(memoryview(values.view(torch.uint8).numpy())).hexdigest()
 
 
 class StoredTensors:
@@ -164,13 +225,15 @@ class StoredTensors:
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
-    def read(self, key: str) -> Tensor:
-        """A tensor's elements, flat."""
+    def read(self, key: str) -> tuple[Tensor, str]:
+        """A tensor's elements, flat, and the SHA-256 of its bytes."""
         dtype, start, end = self._places[key]
         values = torch.empty((end - start) // dtype.itemsize, dtype=dtype)
-        for _ in self._chunks(start, memoryview(values.view(torch.uint8).numpy())):
-            pass
-        return values
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:  # beside the reading
+            for part in self._chunks(start, memoryview(values.view(torch.uint8).numpy())):
+                pool.submit(digest.update, part)
+        return values, digest.hexdigest()
 
     def sha256(self, key: str) -> str:
         """Of a tensor's bytes, of which few are in memory at a time."""
