@@ -129,6 +129,7 @@ class _Bench:
             "save": self.save,
             "cp + fsync": self.copy,
             "load": self.load,
+            "resume": self.resume,
             "cat": self.cat,
             "convert": lambda what, repetition: self.convert(what, repetition, "--no-verify"),
             "convert with proof": self.convert,
@@ -163,18 +164,25 @@ class _Bench:
         yield Row(what, repetition, self.total, seconds, None)
 
     def load(self, what: str, repetition: int) -> Iterator[Row]:
-        """As a resume does: all is checked, then read, from a disk whose pages are in no cache, into given tensors."""
+        """Each tensor checked and put in place, from a disk whose pages are in no cache."""
         _forget(self._file())
-        shapes = {(piece.kind, piece.name): piece for piece in self.state}
+        yield self._timed(what, repetition, lambda: self._put_in_place(Checkpoint(step_folder(self.run, 1))))
+
+    def resume(self, what: str, repetition: int) -> Iterator[Row]:
+        """As a run goes on: all is checked before any of it is put in place."""
+        _forget(self._file())
 
         def work() -> None:
             checkpoint = Checkpoint(step_folder(self.run, 1))
             if problem := checkpoint.damage():
                 raise RuntimeError(problem)
-            for (kind, name), piece in shapes.items():
-                piece.values.copy_(checkpoint.read(kind, name))
+            self._put_in_place(checkpoint)
 
         yield self._timed(what, repetition, work)
+
+    def _put_in_place(self, checkpoint: Checkpoint) -> None:
+        for piece in self.state:
+            piece.values.copy_(checkpoint.read(piece.kind, piece.name))
 
     def cat(self, what: str, repetition: int) -> Iterator[Row]:
         _forget(self._file())

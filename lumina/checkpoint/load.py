@@ -89,7 +89,7 @@ class Checkpoint:
             return whole.narrow(part.dim, part.start, part.stop - part.start).reshape(-1)[start : start + numel]
         for piece in entry.pieces:
             if (piece.part, piece.start, piece.numel) == (part, start, numel):  # as at the layout that saved it
-                return self._stored(piece).float()
+                return self._stored(piece)
         values, found = torch.empty(numel), torch.zeros(numel, dtype=torch.bool)
         for piece in entry.pieces:
             dim = next((p.dim for p in (piece.part, part) if p is not None), 0)
@@ -142,7 +142,7 @@ class Checkpoint:
         return ""
 
     def _stored(self, piece: PieceEntry) -> Tensor:
-        """The piece's values, which are what was saved."""
+        """The piece's values in fp32, which are what was saved."""
         file = self._open(piece.file)
         if piece.key not in file:
             raise self._not_what_was_saved(piece)

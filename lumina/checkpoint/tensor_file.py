@@ -168,7 +168,7 @@ class TensorFile:
         flat = values.detach().to("cpu", dtype).contiguous()
         if flat.numel():
             flat = flat.as_strided((flat.numel(),), (1,))  # one element is contiguous whatever its stride says
-            self._put(memoryview(flat.view(torch.uint8).numpy()), self._digests.get(key, self._digest))
+            self._put(_bytes_of(flat), self._digests.get(key, self._digest))
 
     def close(self) -> FileEntry:
         """Flush to the disk; what a manifest says of the file."""
@@ -194,6 +194,15 @@ class TensorFile:
     def _end(self) -> None:
         self._hash_pool.shutdown()
         self._file.close()
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return memoryview(values.view(torch.uint8).numpy())
+
+
+def _after(pool: ThreadPoolExecutor, digest: "hashlib._Hash") -> str:
+    pool.shutdown()
+    return digest.hexdigest()
 
 
 class StoredTensors:
@@ -226,14 +235,28 @@ class StoredTensors:
         return key in self._places
 
     def read(self, key: str) -> tuple[Tensor, str]:
-        """A tensor's elements, flat, and the SHA-256 of its bytes."""
+        """A tensor's elements, flat, in fp32, and the SHA-256 of its bytes as they are stored."""
         dtype, start, end = self._places[key]
-        values = torch.empty((end - start) // dtype.itemsize, dtype=dtype)
-        digest = hashlib.sha256()
+        values = torch.empty((end - start) // dtype.itemsize)
+        digest, done = hashlib.sha256(), 0
         with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:  # beside the reading
-            for part in self._chunks(start, memoryview(values.view(torch.uint8).numpy())):
-                pool.submit(digest.update, part)
-        return values, digest.hexdigest()
+            if dtype == values.dtype:
+                for part in self._chunks(start, _bytes_of(values)):
+                    pool.submit(digest.update, part)
+                return values, _after(pool, digest)
+            # By way of memory that stays in the processor's cache; two, for one is being hashed.
+            buffers = [torch.empty(min(_CHUNK, end - start) // dtype.itemsize, dtype=dtype) for _ in range(2)]
+            hashing: Future[None] | None = None
+            for number, first in enumerate(range(0, end - start, _CHUNK)):
+                stored = buffers[number % 2][: (end - start - first) // dtype.itemsize]
+                for _ in self._chunks(start + first, _bytes_of(stored)):
+                    pass
+                if hashing is not None:
+                    hashing.result()
+                hashing = pool.submit(digest.update, _bytes_of(stored))
+                values[done : done + stored.numel()] = stored
+                done += stored.numel()
+            return values, _after(pool, digest)
 
     def sha256(self, key: str) -> str:
         """Of a tensor's bytes, of which few are in memory at a time."""

@@ -26,6 +26,7 @@ def test_every_row_of_a_training_state(tmp_path, monkeypatch, capsys):
         "save": whole,
         "cp + fsync": whole,
         "load": whole,
+        "resume": whole,
         "cat": whole,
         "convert": of_ema,
         "convert with proof": of_ema,

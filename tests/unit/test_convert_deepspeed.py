@@ -11,7 +11,9 @@ import torch
 from lumina.checkpoint.deepspeed_layout import cut_groups, cut_parameters
 from lumina.checkpoint.load import latest_checkpoint
 from lumina.checkpoint.sources import open_source
+from lumina.config.schema import TrainConfig
 from lumina.model.flag_dit import FlagDiT
+from lumina.train.initial import Start
 from tests.unit.converting import assert_equal, random_state, tensors_of, to, write_config
 from tests.unit.deepspeed_runs import DTYPES, SIZES, STAGES, STEPS, WORLDS, write_all
 
@@ -67,6 +69,18 @@ def test_masters_are_those_of_zero_to_fp32(folders, stage, dtype):
     missing = ours.keys() - theirs.keys()
     assert missing == (set() if stage > 1 else {"pad_token"})
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name].float())] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2_fp32_2", "3_bf16_2"])
+def test_training_starts_from_it(folders, name):
+    model = FlagDiT(SIZES)
+    start = Start(TrainConfig(steps=1, init_from=str(folders / name)), model)
+    expected = torch.load(folders / name / "expected.pt", weights_only=True)["master"]
+    state = model.state_dict()
+    state.pop("pad_token")
+    assert_equal(state, expected)
+    assert start.said == [f"starting from the master weights of {folders / name}, step {STEPS}"]
 
 
 @pytest.mark.slow
