@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from lumina.launch.messages import Start
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _POLL_SECONDS = 0.02
@@ -33,50 +35,54 @@ class Rank:
 class LocalRanks:
     """`world` processes on this host that run `command`, started when this is made. End them with `end`."""
 
-    def __init__(self, world: int, command: Sequence[str], logs: Path):
-        """`logs` is a folder that is there.
-
-        Raises:
-            RuntimeError: on another system than Linux, where a killed supervisor would leave its ranks behind.
+    def __init__(self, start: Start, logs: Path, port: socket.socket | None = None):
         """
-        if sys.platform != "linux":
-            raise RuntimeError("lumina launch runs on Linux; elsewhere use torchrun … -m lumina train")
+        Args:
+            start: what to start.
+            logs: a folder that is there.
+            port: held for rank 0 until all have ended.
+        """
         self.host = socket.gethostname()
         self._not_ours = {child.pid for child in psutil.Process().children(recursive=True)}
         libc = ctypes.CDLL(None, use_errno=True)
         # What ranks have started and left behind becomes a child of this process, which ends it.
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        self._port = held_port()
+        self._port = port
         self.all: list[Rank] = []
         try:
-            for number in range(world):
-                self.all.append(self._start(number, world, command, logs, libc))
+            for local in range(start.count):
+                self.all.append(self._start(start, local, logs, libc))
         except BaseException:
             self.end(0.0)
             raise
 
-    def _start(self, number: int, world: int, command: Sequence[str], logs: Path, libc: ctypes.CDLL) -> Rank:
+    def _start(self, start: Start, local: int, logs: Path, libc: ctypes.CDLL) -> Rank:
+        number = start.first + local
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment |= start.environment
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // start.count)))
+        if start.world == start.count:  # no other host: nobody's network setup matters
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if start.slots is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, start.slots))
         environment |= {
             "RANK": str(number),
-            "WORLD_SIZE": str(world),
-            "LOCAL_RANK": str(number),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._port.getsockname()[1]),
+            "WORLD_SIZE": str(start.world),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(start.count),
+            "MASTER_ADDR": start.master_address,
+            "MASTER_PORT": str(start.master_port),
         }
         log = logs / f"rank_{number:05d}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command,
+                [sys.executable, *start.arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_ends_with(os.getpid(), libc),
+                preexec_fn=ends_with(os.getpid(), libc),
             )
         return Rank(number, process, log)
 
@@ -129,7 +135,8 @@ class LocalRanks:
                 ) from error
             rank.code = code if rank.code is None else rank.code
         self._sweep(deadline)
-        self._port.close()
+        if self._port is not None:
+            self._port.close()
 
     def _sweep(self, deadline: float) -> None:
         """What ranks had started in sessions of their own."""
@@ -155,7 +162,7 @@ def held_port() -> socket.socket:
     return holder
 
 
-def _ends_with(parent: int, libc: ctypes.CDLL) -> Callable[[], None]:
+def ends_with(parent: int, libc: ctypes.CDLL) -> Callable[[], None]:
     """Run in the child: it is killed when its parent dies, even by SIGKILL."""
 
     def prepare() -> None:

@@ -1,33 +1,82 @@
 """Restarts: a run whose ranks die goes on from its newest checkpoint, until it is done or it makes no sense."""
 
-import json
-import re
-import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lumina.config.exits import BAD_INPUT, CRASH_LOOP, DONE, FAILED, HANG
-from lumina.launch.console import Console, say
-from lumina.launch.ranks import LocalRanks, Rank
+from lumina.launch.console import Console, Said, say, tell_end
+from lumina.launch.hostfile import Host, largest_fitting
+from lumina.launch.hosts import Fleet, LocalHost, Lost
+from lumina.launch.messages import (
+    End,
+    Ended,
+    Error,
+    Forget,
+    Line,
+    Message,
+    Over,
+    Prepare,
+    Prepared,
+    Refused,
+    Signal,
+    Start,
+)
 
 FRUITLESS_LIMIT = 3
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 1.0  # in which other ranks notice, and the error that theirs follow from is written
 _GRACE_SECONDS = 1.5  # after that: without the others a rank has nothing to finish but to write its stacks
-_TAIL_BYTES = 65_536
+_ANSWER_SECONDS = 60.0  # a folder on a slow file system is made in it
+_END_SECONDS = 15.0
+
+
+class _StoppedEarlyError(Exception):
+    """A signal came before there was anything to pass it on to."""
+
+
+@dataclass
+class _Attempt:
+    """Ranks on hosts, and what has become of them."""
+
+    prepared: Prepared
+    first_of: dict[Host, int]
+    living: set[int] = field(default_factory=set)
+    failed: list[tuple[str, Ended]] = field(default_factory=list)
+    refused: Refused | None = None
+    lost: dict[str, str] = field(default_factory=dict)
+    widening: bool = False
+    """Whether it was asked to end so that a host that is back takes part."""
 
 
 class Supervisor:
-    """One run on this host, from its start to its end."""
+    """One run, from its start to its end, on this host or several."""
 
-    def __init__(self, world: int, command: Sequence[str], run_dir: Path, max_restarts: int):
-        """`command` is that of every rank, and trains in `run_dir`."""
-        self._world, self._command, self._run_dir, self._max_restarts = world, command, run_dir, max_restarts
+    def __init__(
+        self,
+        hosts: LocalHost | Fleet,
+        arguments: Sequence[str],
+        run_dir: Path,
+        max_restarts: int,
+        fits: Callable[[int], bool] = lambda world: True,
+        environment: Mapping[str, str] | None = None,
+    ):
+        """
+        Args:
+            hosts: opened and closed here.
+            arguments: of Python, for every rank.
+            run_dir: in which they train.
+            fits: whether the run can be laid out on so many ranks.
+            environment: of every rank, on top of its host's.
+        """
+        self._hosts, self._arguments, self._run_dir, self._max_restarts = hosts, list(arguments), run_dir, max_restarts
+        self._fits, self._environment = fits, dict(environment or {})
         self._asked: list[int] = []
         self._passed_on = 0
+        self._furthest = self._saved = 0
 
     def run(self) -> int:
         """The exit code: that of `lumina train`, or `exits.CRASH_LOOP`.
@@ -36,10 +85,16 @@ class Supervisor:
 
         Raises:
             ValueError: where the run's folder cannot be written.
-            RuntimeError: where ranks cannot be started or killed.
+            RuntimeError: where hosts cannot be reached, and ranks not be started or killed.
         """
         with self._listening():
-            return self._run()
+            try:
+                self._hosts.open()
+                return self._run()
+            except _StoppedEarlyError:
+                return DONE
+            finally:
+                self._hosts.close()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -53,117 +108,187 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _run(self) -> int:
-        fresh = not self._run_dir.exists()
-        furthest, fruitless, restarts = furthest_step(self._run_dir), 0, 0
+        fruitless = restarts = 0
+        using, fresh, before = self._hosts.all, None, None
         while True:
-            logs = _new_folder(self._run_dir)
-            code = self._attempt(logs)
+            attempt = self._prepare(using)
+            fresh = attempt.prepared.fresh if fresh is None else fresh
+            if before is None:
+                before = self._furthest = max(self._furthest, attempt.prepared.furthest)
+            code = self._attempt(attempt)
+            logs = attempt.prepared.logs
             if code == BAD_INPUT and fresh:
-                _remove_logs(self._run_dir)
-            if code in (DONE, BAD_INPUT) or self._asked:
+                for host in using:
+                    self._hosts.send(host, Forget(str(self._run_dir)))
+            if attempt.refused is not None:
+                raise (ValueError if attempt.refused.bad_input else RuntimeError)(attempt.refused.text)
+            if self._asked or (code in (DONE, BAD_INPUT) and not attempt.widening):
                 return code
-            fresh, reached = False, furthest_step(self._run_dir)
-            fruitless = 0 if reached > furthest else fruitless + 1
-            furthest = max(furthest, reached)
+            fresh = False
+            fruitless = 0 if self._furthest > before or attempt.widening else fruitless + 1
+            before = self._furthest
             if fruitless >= FRUITLESS_LIMIT:
-                say(f"{fruitless} attempts in a row came no further than step {furthest}: not tried again; see {logs}")
+                say(f"{fruitless} attempts in a row came no further than step {before}: not tried again; see {logs}")
                 return CRASH_LOOP
             if restarts == self._max_restarts:
                 say(f"not tried again: --max-restarts {self._max_restarts} are used up; see {logs}")
                 return code
             restarts += 1
-            saved = newest_checkpoint(self._run_dir)
-            whence = f"from the checkpoint of step {saved}" if saved else "from the beginning"
-            say(f"starting again {whence} (restart {restarts} of at most {self._max_restarts})")
+            using = self._next_hosts(attempt)
+            whence = f"from the checkpoint of step {self._saved}" if self._saved else "from the beginning"
+            where = f" on {', '.join(host.name for host in using)}" if len(self._hosts.all) > 1 else ""
+            say(f"starting again {whence}{where} (restart {restarts} of at most {self._max_restarts})")
 
-    def _attempt(self, logs: Path) -> int:
-        ranks = LocalRanks(self._world, self._command, logs)
+    def _next_hosts(self, attempt: _Attempt) -> list[Host]:
+        """Those to go on with: as many as are there and a run fits on; waits for them if it fits on none."""
+        told = False
+        while not (using := largest_fitting(self._hosts.there, self._fits)):
+            if not told:
+                there = ", ".join(host.name for host in self._hosts.there) or "none"
+                say(f"the layout does not fit on the hosts that are left ({there}): waiting for others to return")
+                told = True
+            self._wait(attempt)
+        return using
+
+    def _wait(self, attempt: _Attempt | None = None) -> list[tuple[Host, Message]]:
+        if self._asked:
+            raise _StoppedEarlyError
+        time.sleep(_POLL_SECONDS)
+        events = self._hosts.poll()
+        if attempt is not None:
+            self._note(attempt, Console(), events)
+        return events
+
+    def _prepare(self, using: Sequence[Host]) -> _Attempt:
+        self._hosts.send(using[0], Prepare(str(self._run_dir)))
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while time.monotonic() < deadline:
+            for host, event in self._wait():
+                if host == using[0]:
+                    match event:
+                        case Prepared():
+                            self._saved = max(self._saved, event.saved)
+                            counts = [len(one.slots) for one in using]
+                            firsts = [sum(counts[:index]) for index in range(len(counts))]
+                            return _Attempt(event, dict(zip(using, firsts, strict=True)))
+                        case Refused(text, bad_input):
+                            raise (ValueError if bad_input else RuntimeError)(text)
+                        case Lost(why):
+                            raise RuntimeError(f"host {host.name}: {why}")
+        raise RuntimeError(f"host {using[0].name} has not made a folder in {self._run_dir} for {_ANSWER_SECONDS:.0f} s")
+
+    def _attempt(self, attempt: _Attempt) -> int:
+        using, console = list(attempt.first_of), Console()
+        world = sum(len(host.slots) for host in using)
+        for host, first in attempt.first_of.items():
+            attempt.living |= set(range(first, first + len(host.slots)))
+            order = Start(
+                arguments=self._arguments,
+                run_dir=str(self._run_dir),
+                attempt=attempt.prepared.attempt,
+                first=first,
+                count=len(host.slots),
+                world=world,
+                master_address="127.0.0.1" if len(using) == 1 else self._hosts.address(using[0]),
+                master_port=attempt.prepared.port,
+                slots=None if host.all_slots else list(host.slots),
+                environment=self._environment,
+            )
+            self._hosts.send(host, order)
         try:
-            return self._watch(ranks, Console(ranks.host, ranks.all))
+            return self._watch(attempt, console)
         finally:
-            ranks.end(_GRACE_SECONDS)
+            self._end(attempt, console)
 
-    def _watch(self, ranks: LocalRanks, console: Console) -> int:
+    def _watch(self, attempt: _Attempt, console: Console) -> int:
         """Until all ranks have ended well, or the first has failed and the others have had a moment to."""
-        failed: list[Rank] = []
         settled = float("inf")
         while time.monotonic() < settled:
             time.sleep(_POLL_SECONDS)
-            self._pass_on(ranks)
-            for rank in ranks.newly_ended():
-                if self._asked and rank.code == -signal.SIGTERM:
-                    say("stopped before training had begun, or after it was saved")
-                    return DONE
-                if rank.code:
-                    failed.append(rank)
+            self._pass_on(attempt)
+            self._note(attempt, console, self._hosts.poll())
+            failed = attempt.failed
+            if self._asked and any(ended.code == -signal.SIGTERM for _, ended in failed):
+                say("stopped before training had begun, or after it was saved")
+                return DONE
+            if attempt.lost or attempt.refused is not None:
+                break
             if failed and settled == float("inf"):
-                if failed[0].code < 0 and not console.errors:
+                if failed[0][1].code < 0 and not console.errors and len(attempt.first_of) == 1:
                     # Nothing was wrong before: what others are going to say follows from it.
-                    console.tell_end(failed[0])
+                    tell_end(*failed[0])
                     return FAILED
                 settled = time.monotonic() + _SETTLE_SECONDS
-            console.follow()
-            if not ranks.living:
+            if not attempt.living:
                 break
-        if not failed:
+            self._widen(attempt)
+        if attempt.refused is not None:
+            return FAILED
+        if attempt.lost:
+            for name, why in attempt.lost.items():
+                say(f"host {name} is lost: {why}")
+            return FAILED
+        if not attempt.failed:
             return DONE
-        console.tell_cause(failed)
-        codes = {rank.code for rank in failed}
+        console.tell_cause(attempt.failed)
+        codes = {ended.code for _, ended in attempt.failed}
         return next((code for code in (BAD_INPUT, HANG) if code in codes), FAILED)
 
-    def _pass_on(self, ranks: LocalRanks) -> None:
+    def _note(self, attempt: _Attempt, console: Console, events: Sequence[tuple[Host, Message]]) -> None:
+        # Of ranks that have ended between two looks, those that a signal ended come first: others follow from it.
+        for host, event in sorted(events, key=lambda entry: isinstance(entry[1], Ended) and entry[1].code >= 0):
+            match event:
+                case Line(text):
+                    console.show(text)
+                case Error(rank, text):
+                    console.errors.append(Said(host.name, rank, text))
+                case Ended(rank, _, code):
+                    attempt.living.discard(rank)
+                    if code:
+                        attempt.failed.append((host.name, event))
+                case Refused():
+                    attempt.refused = attempt.refused or event
+                case Lost(why) if host in attempt.first_of:
+                    attempt.lost[host.name] = why
+                case Over(furthest, saved):
+                    self._furthest, self._saved = max(self._furthest, furthest), max(self._saved, saved)
+
+    def _end(self, attempt: _Attempt, console: Console) -> None:
+        """All ranks, and whatever they had started. A host that does not answer ends them by itself."""
+        waiting = {host for host in attempt.first_of if host.name not in attempt.lost}
+        for host in waiting:
+            self._hosts.send(host, End(_GRACE_SECONDS))
+        deadline = time.monotonic() + _GRACE_SECONDS + _END_SECONDS
+        while waiting and time.monotonic() < deadline:
+            events = self._hosts.poll()
+            self._note(attempt, console, events)
+            for host, event in events:
+                if isinstance(event, Over | Lost | Refused):
+                    waiting.discard(host)
+            time.sleep(_POLL_SECONDS)
+        if waiting:
+            names = ", ".join(sorted(host.name for host in waiting))
+            raise RuntimeError(f"the ranks on {names} have not ended for {_GRACE_SECONDS + _END_SECONDS:.0f} s")
+
+    def _widen(self, attempt: _Attempt) -> None:
+        """Ask the ranks to save and end where a run fits on more hosts than it has."""
+        if attempt.widening or self._asked or len(self._hosts.there) <= len(attempt.first_of):
+            return
+        larger = largest_fitting(self._hosts.there, self._fits)
+        if len(larger) > len(attempt.first_of):
+            back = ", ".join(host.name for host in larger if host not in attempt.first_of)
+            say(f"{back}: there again; the run is saved, and goes on with more hosts")
+            attempt.widening = True
+            self._send_all(attempt, Signal(signal.SIGTERM))
+
+    def _pass_on(self, attempt: _Attempt) -> None:
         while self._passed_on < len(self._asked):
             number = self._asked[self._passed_on]
             self._passed_on += 1
             if self._passed_on > 2 and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            ranks.signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            self._send_all(attempt, Signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
 
-
-def newest_checkpoint(run_dir: Path) -> int:
-    """Its step; 0 where there is none."""
-    found = [re.fullmatch(r"step_(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step_*")]
-    return max((int(name.group(1)) for name in found if name), default=0)
-
-
-def furthest_step(run_dir: Path) -> int:
-    """The last step that a run has come to, by its metrics and its checkpoints; 0 where it has come to none."""
-    path = run_dir / "metrics.jsonl"
-    steps = [newest_checkpoint(run_dir)]
-    if path.is_file():
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-        steps += [step for step in map(_step_of, lines) if step is not None]
-    return max(steps)
-
-
-def _step_of(line: bytes) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the beginning of the stretch that was read, or cut short by a kill
-        return None
-
-
-def _new_folder(run_dir: Path) -> Path:
-    """For the logs of an attempt: those of earlier ones stay."""
-    logs = run_dir / "logs"
-    number = 0
-    while True:
-        folder = logs / f"attempt_{number}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError as error:
-            if not folder.is_dir():
-                raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror}") from error
-            number += 1
-        except OSError as error:
-            raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror or error}") from error
-
-
-def _remove_logs(run_dir: Path) -> None:
-    """After bad input nothing is left behind; they say no more than was shown."""
-    shutil.rmtree(run_dir / "logs")
-    if not any(run_dir.iterdir()):
-        run_dir.rmdir()
+    def _send_all(self, attempt: _Attempt, order: Message) -> None:
+        for host in attempt.first_of:
+            self._hosts.send(host, order)

@@ -13,14 +13,15 @@ import pytest
 
 from lumina.cli import main
 from lumina.config.exits import BAD_INPUT, CRASH_LOOP, FAILED, HANG
-from lumina.launch.console import Console, Tail
-from lumina.launch.ranks import Rank
-from lumina.launch.supervisor import furthest_step, newest_checkpoint
+from lumina.launch.console import Console, Said
+from lumina.launch.crew import Tail, furthest_step, newest_checkpoint
+from lumina.launch.messages import Ended
 
 SUPERVISE = (
-    "import sys; from pathlib import Path; from lumina.launch.supervisor import Supervisor; "
-    "world, run_dir, restarts, *command = sys.argv[1:]; "
-    "sys.exit(Supervisor(int(world), command, Path(run_dir), int(restarts)).run())"
+    "import sys; from pathlib import Path; from lumina.launch.hosts import LocalHost; "
+    "from lumina.launch.supervisor import Supervisor; "
+    "world, run_dir, restarts, *arguments = sys.argv[1:]; "
+    "sys.exit(Supervisor(LocalHost(int(world)), arguments, Path(run_dir), int(restarts)).run())"
 )
 # A rank: it says where it is, does what the test wants, and lasts until it is told to end.
 RANK = """
@@ -48,7 +49,7 @@ class Supervised:
         script.write_text(RANK + body)
         command = [sys.executable, "-c", SUPERVISE, str(world), str(self.run_dir), str(restarts)]
         self.process = subprocess.Popen(
-            [*command, sys.executable, "-S", str(script), str(self.run_dir)], stderr=subprocess.PIPE, text=True
+            [*command, "-S", str(script), str(self.run_dir)], stderr=subprocess.PIPE, text=True
         )
 
     def end(self) -> tuple[int, str]:
@@ -156,15 +157,11 @@ def test_the_first_error_is_told_once(tmp_path):
         ("[gloo] Connection closed by peer", 1, "rank 0 on here: [gloo] Connection closed by peer"),
     ],
 )
-def test_what_others_follow_from(tmp_path, capsys, error, code, told):
+def test_what_others_follow_from(capsys, error, code, told):
     """An error that was written, and then a rank that ended."""
-    ranks = [Rank(n, object.__new__(subprocess.Popen), tmp_path / str(n), code=code if n else None) for n in range(2)]
-    ranks[1].process.pid = 7
-    ranks[0].log.write_text(f"lumina train: {error}\n")
-    ranks[1].log.touch()
-    console = Console("here", ranks)
-    console.follow()
-    console.tell_cause([ranks[1]])
+    console = Console()
+    console.errors.append(Said("here", 0, error))
+    console.tell_cause([("here", Ended(rank=1, pid=7, code=code, last=""))])
     assert told in capsys.readouterr().err
 
 
@@ -291,8 +288,12 @@ def test_a_line_is_shown_when_it_is_whole(tmp_path):
     [
         (["--ranks", "0"], "--ranks must be at least 1, not 0"),
         (["--ranks", "2", "--max-restarts", "-1"], "--max-restarts must be at least 0, not -1"),
-        ([], "--ranks N is missing"),
-        (["--ranks", "2", "--hostfile", "hosts"], "deepspeed --hostfile hosts --module --no_local_rank lumina train"),
+        ([], "--ranks N or --hostfile FILE is missing"),
+        (["--ranks", "2", "--hostfile", "hosts"], "with --hostfile the slots of each host are its ranks"),
+        (["--hostfile", "no/such"], "the hostfile no/such cannot be read: No such file or directory"),
+        (["--ranks", "2", "--nodes", "1"], "--nodes chooses from a hostfile"),
+        (["--ranks", "2", "--launcher", "ssh"], "--launcher ssh reaches the hosts of a hostfile"),
+        (["--ranks", "2", "--env", "NOT_SET_HERE"], "--env NOT_SET_HERE: it is not set here"),
         (["--ranks", "2", "CONFIG", "train.stepz=3"], "unknown key train.stepz; did you mean train.steps?"),
     ],
 )

@@ -1,0 +1,269 @@
+"""The hosts of a run as its supervisor has them: this one alone, or several, each with an agent."""
+
+import hmac
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lumina import __version__
+from lumina.launch import transport
+from lumina.launch.agent import BEAT_SECONDS, CONNECT_SECONDS, LOST_SECONDS
+from lumina.launch.crew import Crew
+from lumina.launch.hostfile import Host
+from lumina.launch.messages import Beat, Channel, Hello, Message
+
+_HELLO_SECONDS = 10.0
+_OPEN_SECONDS = CONNECT_SECONDS + 40.0  # and a slow start of Python from a network file system
+_RETRY_SECONDS = 10.0
+_STEADY_SECONDS = 10.0
+_STEADY_LIMIT = 3600.0
+
+
+@dataclass(frozen=True)
+class Lost(Message):
+    """A host is not there any more; why."""
+
+    why: str
+
+
+class LocalHost:
+    """This host alone, its ranks started by this process."""
+
+    def __init__(self, count: int):
+        self.all = [Host(socket.gethostname(), tuple(range(count)))]
+        self._crew, self._events = Crew(), []
+
+    def open(self) -> None:
+        """Nothing to connect to."""
+
+    @property
+    def there(self) -> list[Host]:
+        return self.all
+
+    def address(self, host: Host) -> str:
+        return "127.0.0.1"
+
+    def send(self, host: Host, order: Message) -> None:
+        self._events += self._crew.handle(order)
+
+    def poll(self) -> list[tuple[Host, Message]]:
+        events, self._events = self._events + self._crew.poll(), []
+        return [(self.all[0], event) for event in events]
+
+    def close(self) -> None:
+        self._crew.close()
+
+
+@dataclass(eq=False)
+class _Link:
+    """To a host's agent: being made, there, or lost."""
+
+    host: Host
+    token: str = ""
+    process: subprocess.Popen | None = None
+    channel: Channel | None = None
+    hello: Hello | None = None
+    words: Path | None = None
+    """What the program that connects, and the agent, have written."""
+    started: float = 0.0
+    since: float = 0.0
+    """When it became what it is."""
+    losses: int = 0
+    state: str = field(default="new")
+    """new, connecting, there, or lost."""
+
+
+class Fleet:
+    """Hosts of a hostfile. `poll` must be called a few times a second: it takes part in the beating."""
+
+    def __init__(self, hosts: Sequence[Host], launcher: str):
+        """`launcher`: of `transport.LAUNCHERS`."""
+        self.all = list(hosts)
+        self._launcher = launcher
+        self._links = {host.name: _Link(host) for host in hosts}
+        self._listener = socket.create_server(("", 0), backlog=len(hosts) + 8)
+        self._listener.setblocking(False)
+        self._port = self._listener.getsockname()[1]
+        self._unknown: list[tuple[Channel, float]] = []
+        self._beaten = 0.0
+        self._folder = TemporaryDirectory(prefix="lumina-launch-")
+
+    def open(self) -> None:
+        """Connect to every host.
+
+        Raises:
+            RuntimeError: naming each host that is not reached, and why.
+        """
+        for link in self._links.values():
+            self._connect(link)
+        problems: dict[str, str] = {}
+        while any(link.state == "connecting" for link in self._links.values()):
+            problems |= {host.name: event.why for host, event in self.poll() if isinstance(event, Lost)}
+            time.sleep(0.05)
+        if problems:
+            told = "; ".join(f"host {name}: {why}" for name, why in problems.items())
+            raise RuntimeError(f"{told}. Look with `lumina doctor --hostfile`, or leave hosts out with --exclude")
+
+    @property
+    def there(self) -> list[Host]:
+        """Those whose agents answer, and, of hosts that were lost once, have done so for a while."""
+        now = time.monotonic()
+        return [
+            link.host
+            for link in self._links.values()
+            if link.state == "there"
+            and (not link.losses or now - link.since > min(_STEADY_LIMIT, _STEADY_SECONDS * 2 ** (link.losses - 1)))
+        ]
+
+    def address(self, host: Host) -> str:
+        """Of a host, for the others."""
+        channel = self._links[host.name].channel
+        if not channel.peer.startswith("127.") and not transport.is_here(channel.peer):
+            return channel.peer
+        # This host: by the address at which another one has reached it.
+        reached = (link.channel.here for link in self._links.values() if link.state == "there")
+        elsewhere = [here for here in reached if not here.startswith("127.")]
+        own = self._links[host.name].hello.addresses
+        return next(iter(elsewhere), own[0] if own else "127.0.0.1")
+
+    def send(self, host: Host, order: Message) -> None:
+        link = self._links[host.name]
+        if link.state == "there":
+            link.channel.send(order)
+
+    def poll(self) -> list[tuple[Host, Message]]:
+        """What hosts have told since the last call, and which are `Lost`; tries those that are, again and again."""
+        self._accept()
+        now = time.monotonic()
+        if beating := now - self._beaten > BEAT_SECONDS:
+            self._beaten = now
+        events: list[tuple[Host, Message]] = []
+        for link in self._links.values():
+            if link.state == "there":
+                if beating:
+                    link.channel.send(Beat())
+                events += [(link.host, event) for event in link.channel.receive()]
+                if why := self._lost(link, now):
+                    link.losses += 1
+                    events.append((link.host, self._lose(link, why)))
+            elif link.state == "connecting":
+                if why := self._unreachable(link, now):
+                    events.append((link.host, self._lose(link, why)))
+            elif link.state == "lost" and now - link.since > _RETRY_SECONDS:
+                self._connect(link)
+        return events
+
+    def close(self) -> None:
+        """End all agents, and with them whatever is left of their ranks."""
+        for link in self._links.values():
+            if link.channel is not None:
+                link.channel.close()
+        deadline = time.monotonic() + 5.0
+        for link in self._links.values():
+            if link.process is not None:
+                try:
+                    link.process.wait(max(0.0, deadline - time.monotonic()) if link.state == "there" else 0.0)
+                except subprocess.TimeoutExpired:
+                    link.process.kill()
+                    link.process.wait()
+        for channel, _ in self._unknown:
+            channel.close()
+        self._listener.close()
+        self._folder.cleanup()
+
+    def _connect(self, link: _Link) -> None:
+        link.token, link.words = secrets.token_hex(16), Path(self._folder.name) / link.host.name.replace("/", "_")
+        here = transport.is_here(link.host.name)
+        ours = [address for _, address in transport.addresses()]
+        reached = ["127.0.0.1"] if here or not ours else _towards(link.host.name, ours)
+        arguments = ["-m", "lumina.launch.agent", "--supervisor", ",".join(reached), "--port", str(self._port)]
+        arguments += ["--token", link.token]
+        if link.hello is not None:
+            arguments += ["--replaces", f"{link.hello.pid}@{link.hello.born}"]
+        with link.words.open("wb") as words:
+            link.process = subprocess.Popen(
+                transport.command_on(link.host, self._launcher, arguments),
+                env=dict(os.environ) if here else transport.environment_of(self._launcher),
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for this process to pass on
+            )
+        link.state, link.started = "connecting", time.monotonic()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionError):
+                break
+            self._unknown.append((Channel(connection), time.monotonic()))
+        for entry in list(self._unknown):
+            channel, since = entry
+            found = channel.receive()
+            if found or channel.closed or time.monotonic() - since > _HELLO_SECONDS:
+                self._unknown.remove(entry)
+                if not (found and self._welcome(channel, found[0])):
+                    channel.close()
+
+    def _welcome(self, channel: Channel, first: Message) -> bool:
+        if not isinstance(first, Hello):
+            return False
+        for link in self._links.values():
+            if link.state == "connecting" and hmac.compare_digest(link.token, first.token):
+                if first.version != __version__:
+                    link.words.write_text(f"it has Lumina {first.version}, and this host {__version__}\n")
+                    return False
+                link.channel, link.hello, link.state, link.since = channel, first, "there", time.monotonic()
+                return True
+        return False
+
+    def _lost(self, link: _Link, now: float) -> str:
+        if link.channel.closed:
+            said = _last_line(link.words)
+            return "its agent has ended" + (f': "{said}"' if said else ": it was killed, or the host went down")
+        silent = now - link.channel.heard
+        return f"not heard of for {silent:.0f} s: it stopped, or the network to it is cut" * (silent > LOST_SECONDS)
+
+    def _unreachable(self, link: _Link, now: float) -> str:
+        code = link.process.poll()
+        if code is not None:
+            said = _last_line(link.words) or f"{self._launcher} ended with exit code {code}"
+            return f"cannot be reached: {said}"
+        late = now - link.started > _OPEN_SECONDS
+        return f"cannot be reached: no answer for {_OPEN_SECONDS:.0f} s" * late
+
+    def _lose(self, link: _Link, why: str) -> Lost:
+        if link.channel is not None:
+            link.channel.close()
+        if link.process.poll() is None:
+            link.process.kill()
+        link.process.wait()
+        link.channel, link.state, link.since = None, "lost", time.monotonic()
+        return Lost(why)
+
+
+def _towards(name: str, ours: list[str]) -> list[str]:
+    """Our addresses, the one that packets to a host leave from first."""
+
+    def routed() -> Iterator[str]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((name, 9))  # sends nothing
+                yield probe.getsockname()[0]
+            except OSError:  # a name that ssh alone knows
+                return
+
+    first = list(routed())
+    return sorted(ours, key=lambda address: address not in first)
+
+
+def _last_line(words: Path) -> str:
+    lines = [line.strip() for line in words.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "")
