@@ -26,7 +26,7 @@ from lumina.train.assemble import check_conditions, plan_of, sets_of, sizing_of
 from lumina.train.initial import check_variants, drawn_and_left
 from lumina.train.resume import check_same_run
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 _FULL_SHARE = 0.9
 _LIGHT_VAES = ("identity", "none")  # which take no time to make
 
@@ -103,27 +103,27 @@ def _layout(run: Run, world: int | None) -> Iterator[Check]:
 def _memory(run: Run, world: int, here: int, slots: Sequence[int] | None) -> Iterator[Check]:
     plan = largest(plan_memory(run.config, run.sizes, world))
     said = (
-        f"{_gib(plan.weights)} weights, {_gib(plan.gradients)} gradients, {_gib(plan.masters)} masters, "
-        f"{_gib(plan.moments)} moments, {_gib(plan.ema)} EMA, at most {_gib(plan.buffers)} buffers, about "
-        f"{_gib(plan.activations)} activations"
+        f"{_size(plan.weights)} weights, {_size(plan.gradients)} gradients, {_size(plan.masters)} masters, "
+        f"{_size(plan.moments)} moments, {_size(plan.ema)} EMA, at most {_size(plan.buffers)} buffers, about "
+        f"{_size(plan.activations)} activations"
     )
     host, total = psutil.virtual_memory(), 0
     if torch.cuda.is_available():
         devices = slots if slots is not None else range(torch.cuda.device_count())
         devices = [number for number in devices if number < torch.cuda.device_count()] or [0]
         free, total = min(torch.cuda.mem_get_info(number) for number in devices)
-        side = f"a rank takes {_gib(plan.on_device)} GiB of a GPU's {_gib(total)}, of which {_gib(free)} are free"
+        side = f"a rank takes {_size(plan.on_device)} of a GPU's {_size(total)}, of which {_size(free)} are free"
         yield _fit("memory", f"{side} ({said}; encoders apart)", plan, plan.on_device, free, total)
         on_host = here * max(plan.on_host, plan.loading)
         side = (
-            f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_gib(on_host)} GiB, the model while it is loaded"
+            f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_size(on_host)}, the model while it is loaded"
         )
     else:
         on_host = here * max(plan.on_device + plan.on_host, plan.loading)
         side = (
-            f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_gib(on_host)} GiB ({said} each; encoders apart)"
+            f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_size(on_host)} ({said} each; encoders apart)"
         )
-    side += f", of {_gib(host.total)} that the host has, {_gib(host.available)} of them free"
+    side += f", of {_size(host.total)} that the host has, {_size(host.available)} of them free"
     yield _fit("host memory", side, plan, on_host, host.available, host.total)
 
 
@@ -271,5 +271,5 @@ def _incomplete(checkpoint: Checkpoint) -> str:
     return listed(wrong)
 
 
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.1f}" if count >= _GIB / 10 else f"{count / _GIB:.4f}"
+def _size(count: int) -> str:
+    return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / _MIB:,.1f} MiB"
