@@ -6,6 +6,7 @@ data × ring × ulysses. Neighbours on the tensor and Ulysses axes, which talk m
 """
 
 import os
+import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lumina.config.schema import ParallelConfig
 from lumina.parallel.activity import Activity
+from lumina.parallel.network import Way, find_way, set_interfaces
 
 # How each launcher tells a process its rank, the world size and the rank on its host.
 _LAUNCHERS = (
@@ -25,6 +27,7 @@ _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
 )
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, deepspeed, mpirun
 _TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
@@ -32,11 +35,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank in [0, size)."""
+    """This process among all: rank in [0, size).
+
+    local_size: ranks on this host; None where the launcher does not tell.
+    """
 
     rank: int
     size: int
     local_rank: int
+    local_size: int | None = None
 
     @staticmethod
     def from_environment() -> "World":
@@ -48,7 +55,8 @@ class World:
         for rank, size, local_rank in _LAUNCHERS:
             if rank not in os.environ or size not in os.environ:
                 continue
-            world = World(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local_rank, "0")))
+            own, count = int(os.environ[rank]), int(os.environ[size])
+            world = World(own, count, int(os.environ.get(local_rank, "0")), _local_size(rank, count))
             if world.size > 1 and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
                 raise ValueError(
                     f"{size}={world.size} but MASTER_ADDR and MASTER_PORT are not set; "
@@ -56,6 +64,31 @@ class World:
                 )
             return world
         return World(0, 1, 0)
+
+
+def _local_size(launcher: str, size: int) -> int | None:
+    if launcher.startswith("SLURM_"):  # it tells how many tasks each node has in a form of its own
+        return size if os.environ.get("SLURM_STEP_NUM_NODES") == "1" else None
+    return next((int(os.environ[name]) for name in _LOCAL_SIZES if name in os.environ), None)
+
+
+def device_of(world: World) -> torch.device:
+    """This process's GPU, or the CPU where there is none.
+
+    A launcher may show each rank its own GPU alone; that one has number 0 whatever the rank's number on the host.
+
+    Raises:
+        ValueError: where this host has fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if world.local_rank >= count > 1:
+        raise ValueError(
+            f"rank {world.rank} is number {world.local_rank} on {socket.gethostname()}, counted from 0, but that has "
+            f"{count} GPUs, and two ranks that share one would hang: start at most {count} ranks on this host"
+        )
+    return torch.device("cuda", 0 if count == 1 else world.local_rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +129,8 @@ class Mesh:
     weights: Axis = Axis()
     replica: Axis = Axis()
     sequence_parallel: bool = False
+    way: Way | None = None
+    """To the host of rank 0; None for a single process."""
     activity: Activity = field(default_factory=Activity)
     """What this process is at; the watchdog reads it."""
 
@@ -159,24 +194,30 @@ class Mesh:
 def open_mesh(parallel: ParallelConfig) -> Mesh:
     """Start process groups: nccl where each rank has a GPU, gloo elsewhere. Close with `close_mesh`.
 
-    The layout is one that `layout.check_layout` has let pass.
+    The layout is one that `layout.check_layout` has let pass. Where the ranks are on several hosts and nobody has said
+    which network to take, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set.
+
+    Raises:
+        ValueError: where there are more ranks than GPUs, or no way leads to rank 0 (`network.find_way`).
     """
     world = World.from_environment()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    device = device_of(world)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # DeepSpeed reads it however the process was started.
-    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    # DeepSpeed takes it for the number of the device, however the process was started.
+    os.environ["LOCAL_RANK"] = str(world.local_rank if device.index is None else device.index)
     if world.size == 1:  # no port is opened, so that any number of runs fit on one host
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Mesh(world, device)
+    way = find_way(os.environ["MASTER_ADDR"], world.local_size == world.size, os.environ)
+    if world.local_size != world.size:
+        set_interfaces(way, os.environ)
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
-    return _with_groups(parallel, world, device)
+    return _with_groups(parallel, world, device, way)
 
 
-def _with_groups(parallel: ParallelConfig, world: World, device: torch.device) -> Mesh:
+def _with_groups(parallel: ParallelConfig, world: World, device: torch.device, way: Way) -> Mesh:
     groups = _parallel_state()
     sequence_ranks = parallel.ring * parallel.ulysses
     groups.initialize_model_parallel(
@@ -197,6 +238,7 @@ def _with_groups(parallel: ParallelConfig, world: World, device: torch.device) -
     return Mesh(
         world,
         device,
+        way=way,
         replica=_replica(parallel, world),
         data=Axis.of(groups.get_data_parallel_group()),
         pipeline=Axis.of(groups.get_pipeline_model_parallel_group()),

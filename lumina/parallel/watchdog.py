@@ -75,19 +75,19 @@ class Watchdog:
         self._period = min(_BEAT_SECONDS, self._timeout / 8)
         self._groups = groups_of(mesh)
         self._main = threading.get_ident()
-        family, first = _address_of_first()
-        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        way = mesh.way
+        self._socket = socket.socket(way.family, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
         self._socket.bind(("", 0))
         self._socket.setblocking(False)
         port = self._socket.getsockname()[1]
         mine = Peer(mesh.world.rank, socket.gethostname(), os.getpid(), mesh.pipeline.rank, mesh.leads_replica)
-        gathered = mesh.gather((mine, (_own_address(family, first), port)))
+        gathered = mesh.gather((mine, (way.own, port)))
         self._token, told = mesh.from_first((secrets.token_hex(8), gathered))
         peers = [peer for peer, _ in told]
         self._addresses = dict(enumerate(address for _, address in told))
         # Its own name for itself may mean another host elsewhere, as 127.0.1.1 does.
-        self._addresses[0] = (first, self._addresses[0][1])
+        self._addresses[0] = (way.first, self._addresses[0][1])
         self._monitors = [0, deputy_of(peers)]
         rank = mesh.world.rank
         patience = self._timeout + (_DEPUTY_SECONDS if rank else 0.0)
@@ -269,20 +269,6 @@ class Watchdog:
 def deputy_of(peers: list[Peer]) -> int:
     """The lowest rank on another host than rank 0's; without one, the last rank."""
     return next((peer.rank for peer in peers if peer.host != peers[0].host), peers[-1].rank)
-
-
-def _address_of_first() -> tuple[socket.AddressFamily, str]:
-    """Family and address of the host of rank 0, as this host knows it."""
-    found = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)
-    family, _, _, _, address = next((one for one in found if one[0] == socket.AF_INET), found[0])
-    return family, address[0]
-
-
-def _own_address(family: socket.AddressFamily, first: str) -> str:
-    """This host's, as rank 0 sees it: nothing is sent, the system only chooses a route."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((first, 9))
-        return probe.getsockname()[0]
 
 
 def _write_stacks(folder: Path, rank: int) -> bool:

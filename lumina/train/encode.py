@@ -29,7 +29,7 @@ from lumina.data.workers import PackDecoder, RawSample, Request, decoded_in_orde
 from lumina.data.write import write_shard
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
-from lumina.parallel.mesh import World
+from lumina.parallel.mesh import World, device_of
 from lumina.train.assemble import sets_of, sizing_of
 
 _DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
@@ -172,7 +172,7 @@ def encode(arguments: argparse.Namespace) -> None:
     model, world = model_config(config), World.from_environment()
     if config.data.stages:
         raise ValueError("data.stages: encode each resolution into a folder of its own, by data.resolution")
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(world)
     vae = build_vae(config.vae, model.in_channels, device)
     text = build_text_encoder(config.text, device) if config.text is not None else None
     index = Index.open(*sets_of(config.data))

@@ -3,8 +3,9 @@
 import os
 
 import pytest
+import torch
 
-from lumina.parallel.mesh import _LAUNCHERS, World
+from lumina.parallel.mesh import _LAUNCHERS, _LOCAL_SIZES, World, device_of
 from tests.parallel.workers import free_port, run_ranks
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -12,7 +13,7 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in (*ADDRESS, *(name for launcher in _LAUNCHERS for name in launcher)):
+    for name in (*ADDRESS, *_LOCAL_SIZES, "SLURM_STEP_NUM_NODES", *(n for launcher in _LAUNCHERS for n in launcher)):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -38,6 +39,35 @@ def test_one_process_without_a_launcher(monkeypatch):
     assert World.from_environment() == World(0, 1, 0)
     monkeypatch.setenv("SLURM_PROCID", "0")  # in an allocation, but not under srun
     assert World.from_environment() == World(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "local_size"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"RANK": "2", "WORLD_SIZE": "8", "LOCAL_SIZE": "8"}, 8),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, 8),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, None),
+    ],
+)
+def test_ranks_of_the_host(monkeypatch, more, local_size):
+    for name, value in (ADDRESS | more).items():
+        monkeypatch.setenv(name, value)
+    assert World.from_environment() == World(2, 8, 0, local_size)
+
+
+def test_the_device_of_a_rank(monkeypatch):
+    """A launcher that shows each rank its own GPU alone numbers the ranks nevertheless."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_of(World(7, 8, 3)) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device_of(World(7, 8, 3)) == torch.device("cuda", 3)
+    with pytest.raises(ValueError, match=r"rank 4 is number 4 on .*, but that has 4 GPUs, .* at most 4 ranks on this"):
+        device_of(World(4, 8, 4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(World(7, 8, 3)) == torch.device("cpu")
 
 
 LAYOUTS = [
