@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lumina.config.exits import DONE, FAILED
-from lumina.doctor.check import FAIL, Check, as_table, folded, worst
+from lumina.doctor.check import FAIL, OK, Check, as_table, folded, worst
 from lumina.doctor.on_host import TOKEN, Request, checks_of, examine_host
 from lumina.launch.hostfile import Host
 
@@ -90,7 +90,8 @@ def _many_hosts(asked: Asked, hosts: Sequence[Host]) -> tuple[dict[str, Any], li
     checks = [*check_reached(answers), *check_same(answers), *check_clocks(answers)]
     reached = [host for host in hosts if answers[host.name].found is not None]
     for host in reached:
-        checks += checks_of(answers[host.name].found, host.name)
+        of_host = checks_of(answers[host.name].found, host.name)
+        checks += [check for check in of_host if (check.name, check.state) != ("clock", OK)]  # compared above
     if asked.bandwidth and sum(len(host.slots) for host in reached) > 1:
         from lumina.doctor.network import check_network
         from lumina.launch.hosts import Fleet

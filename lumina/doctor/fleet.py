@@ -145,16 +145,16 @@ def check_reached(answers: Mapping[str, Answer]) -> Iterator[Check]:
 
 
 def check_same(answers: Mapping[str, Answer]) -> Iterator[Check]:
-    """Versions and code: the odd ones out against what most hosts have (of as many, the first of the hostfile)."""
+    """Versions and code: the odd ones out against what most hosts have (where as many differ, the first of them)."""
     facts = {name: answer.found["facts"] for name, answer in answers.items() if answer.found is not None}
     if len(facts) < 2:
         return
+    same = []
     for fact in dict.fromkeys(key for of_host in facts.values() for key in of_host):
         values = {name: of_host.get(fact) for name, of_host in facts.items()}
         usual, count = Counter(values.values()).most_common(1)[0]
-        name_of = f"same {fact}"
         if count == len(values):
-            yield Check(name_of, OK, _value(fact, usual))
+            same.append(f"{fact} {_value(fact, usual)}")
             continue
         for odd in dict.fromkeys(value for value in values.values() if value != usual):
             where = [name for name, value in values.items() if value == odd]
@@ -165,12 +165,14 @@ def check_same(answers: Mapping[str, Answer]) -> Iterator[Check]:
             )
             for name in where:
                 yield Check(
-                    name_of,
+                    f"same {fact}",
                     WARNING if minor or fact in _MAY_DIFFER else FAIL,
                     f"{_value(fact, odd)}, and {_value(fact, usual)} on {others}",
                     mend,
                     name,
                 )
+    if same:
+        yield Check("same on all", OK, ", ".join(same))
 
 
 def _value(fact: str, value: str | None) -> str:
