@@ -139,9 +139,9 @@ def check_reached(answers: Mapping[str, Answer]) -> Iterator[Check]:
         if answer.found is None:
             mends = (mend for pattern, mend in _MENDS if re.search(pattern, answer.why))
             what = "cannot be reached" if answer.ahead is None else "did not finish"
-            yield Check("host", FAIL, f"{what}: {answer.why}", next(mends, _ANY_MEND).format(host=name), name)
+            yield Check("hosts", FAIL, f"{what}: {answer.why}", next(mends, _ANY_MEND).format(host=name), name)
     if reached:
-        yield Check("host", OK, f"{len(reached)} of {len(answers)} answer")
+        yield Check("hosts", OK, f"{len(reached)} of {len(answers)} answer")
 
 
 def check_same(answers: Mapping[str, Answer]) -> Iterator[Check]:

@@ -115,14 +115,10 @@ def _memory(run: Run, world: int, here: int, slots: Sequence[int] | None) -> Ite
         side = f"a rank takes {_size(plan.on_device)} of a GPU's {_size(total)}, of which {_size(free)} are free"
         yield _fit("memory", f"{side} ({said}; encoders apart)", plan, plan.on_device, free, total)
         on_host = here * max(plan.on_host, plan.loading)
-        side = (
-            f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_size(on_host)}, the model while it is loaded"
-        )
+        side = f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_size(on_host)}, the model while it is loaded"
     else:
         on_host = here * max(plan.on_device + plan.on_host, plan.loading)
-        side = (
-            f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_size(on_host)} ({said} each; encoders apart)"
-        )
+        side = f"{here} rank{'s' * (here > 1)} take{'s' * (here == 1)} {_size(on_host)} ({said} each; encoders apart)"
     side += f", of {_size(host.total)} that the host has, {_size(host.available)} of them free"
     yield _fit("host memory", side, plan, on_host, host.available, host.total)
 

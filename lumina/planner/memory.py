@@ -1,8 +1,9 @@
 """What each rank of a run holds in memory, counted before anything is allocated.
 
-Weights, gradients, masters, moments and EMA are exact to the byte, with DeepSpeed's padding; `buffers` is an upper
-bound of what DeepSpeed puts aside for a while, and `activations` an estimate of what waits for the backward pass. Not
-counted: text encoder, autoencoder, CUDA's context and NCCL (one or two GiB without the encoders), fragmentation.
+Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding; gradients are what its buffers for them
+hold at their fullest; `buffers` is an upper bound of what it puts aside for a while, and `activations` an estimate of
+what waits for the backward pass. Not counted: text encoder, autoencoder, CUDA's context and NCCL (one or two GiB without
+the encoders), fragmentation.
 """
 
 from dataclasses import dataclass
@@ -94,18 +95,18 @@ def _of_stage(
     parallel, width = config.parallel, 2 if config.precision == "bf16" else _FP32
     here = _parameters(model, blocks[stage], parallel.tensor)
     trained = [numel for numel, trains in here if trains]
-    frozen = sum(numel for numel, trains in here if not trains)
+    fixed = [numel for numel, trains in here if not trains]
     total = sum(trained)
     zero = parallel.zero_stage
     if zero == 0:
         held = share = total
     elif zero == 3:
-        held = share = sum(-(-numel // shards) for numel in trained)
+        held = share = _sharded(trained, shards)
     else:
         unit = _ALIGNMENT * shards
         held = -(-total // unit) * unit
         share = held // shards
-    weights = (held + frozen) * width
+    weights = (held + (_sharded(fixed, shards) if zero == 3 else sum(fixed))) * width
     # ZeRO 1 keeps whole gradients until the end of a step, and then its own share of their sum beside them.
     gradients = _FP32 * {0: total, 1: total + share, 2: share, 3: share}[zero]
     masters = 0 if zero == 0 else _FP32 * share
@@ -119,7 +120,7 @@ def _of_stage(
         on_host += masters + moments + ema + _FP32 * share
     return MemoryPlan(
         stage=stage,
-        parameters=total + frozen,
+        parameters=total + sum(fixed),
         weights=weights,
         gradients=gradients,
         masters=masters,
@@ -130,6 +131,11 @@ def _of_stage(
         on_host=on_host,
         loading=_FP32 * whole,
     )
+
+
+def _sharded(counts: list[int], shards: int) -> int:
+    """Elements of one of `shards` equal shares of each, padded."""
+    return sum(-(-count // shards) for count in counts)
 
 
 def _parameters(model: FlagDiT, blocks: range, tensor: int) -> list[tuple[int, bool]]:
