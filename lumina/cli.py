@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure all-reduce within each host and over all ranks, and messages between every two hosts, "
         "disjoint pairs at once. Start it as training is started: by torchrun, deepspeed, srun or mpirun; `lumina "
         "doctor --hostfile` does so by itself.",
-        example="torchrun --nproc-per-node 8 -m lumina benchmark network --megabytes 256",
+        example="lumina benchmark network --megabytes 256 --out network.json",
     )
     network.add_argument("--megabytes", type=int, default=64, metavar="M", help="of a message, at most (default 64)")
     network.add_argument("--repeats", type=int, default=5, metavar="N", help="of each measurement (default 5)")

@@ -27,7 +27,6 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int | None:
-    import os
     from pathlib import Path
 
     if arguments.on_host is not None:
@@ -41,9 +40,8 @@ def _doctor(arguments: argparse.Namespace) -> int | None:
         raise ValueError(f"--ranks must be at least 1, not {arguments.ranks}")
     if arguments.config is not None and not Path(arguments.config).is_file():
         raise ValueError(f"{arguments.config}: no such configuration file")
-    from lumina.cli_launch import named_hosts
+    from lumina.cli_launch import environment_of_ranks, named_hosts
     from lumina.doctor.examine import Asked, examine
-    from lumina.launch.environment import passed_on
 
     hosts, launcher = named_hosts(arguments) or (None, "")
     return examine(
@@ -57,6 +55,6 @@ def _doctor(arguments: argparse.Namespace) -> int | None:
             asked_port=arguments.port is not None,
             bandwidth=not arguments.no_bandwidth,
             as_json=arguments.json,
-            environment=passed_on(os.environ, [], Path.cwd(), Path.home()),
+            environment=environment_of_ranks(),
         )
     )

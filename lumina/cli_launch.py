@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -44,10 +45,7 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    import os
-
     from lumina.config.load import load_config
-    from lumina.launch.environment import passed_on
     from lumina.launch.supervisor import Supervisor
 
     if sys.platform != "linux":
@@ -65,9 +63,18 @@ def _launch(arguments: argparse.Namespace) -> int:
     def fits(world: int) -> bool:
         return world % replica == 0 and packs % (world // replica * at_once) == 0
 
-    environment = passed_on(os.environ, arguments.env, Path.cwd(), Path.home())
+    environment = environment_of_ranks(arguments.env)
     hosts = hosts_of(arguments)
     return Supervisor(hosts, train, Path(config.run.dir), arguments.max_restarts, fits, environment).run()
+
+
+def environment_of_ranks(names: Sequence[str] = ()) -> dict[str, str]:
+    """Variables that every rank is to have, on top of its host's: `environment.passed_on` of this process's."""
+    import os
+
+    from lumina.launch.environment import passed_on
+
+    return passed_on(os.environ, names, Path.cwd(), Path.home())
 
 
 def hosts_of(arguments: argparse.Namespace):

@@ -13,7 +13,7 @@ from lumina.launch.hosts import Fleet, LocalHost
 from lumina.launch.once import run_once
 
 LIMIT_SECONDS = 300
-_MEGABYTES, _REPEATS, _SECONDS = 64, 3, 1.0
+_MEGABYTES, _REPEATS, _SECONDS = 64, 3, 0.5
 _CUT_SHARE = 0.1  # of what is usual: such a link holds up any run
 _MEND_LINK = (
     "look at cable, port and negotiated speed (ethtool, ibstat), and which interface is used (NCCL_SOCKET_IFNAME, "

@@ -1,9 +1,9 @@
 """What each rank of a run holds in memory, counted before anything is allocated.
 
-Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding; gradients are what its buffers for them
-hold at their fullest; `buffers` is an upper bound of what it puts aside for a while, and `activations` an estimate of
-what waits for the backward pass. Not counted: text encoder, autoencoder, CUDA's context and NCCL (one or two GiB without
-the encoders), fragmentation.
+Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding; gradients are what its buffers for
+them hold at their fullest; `buffers` is an upper bound of what it puts aside for a while, and `activations` an estimate
+of what waits for the backward pass. Not counted: text encoder, autoencoder, CUDA's context and NCCL (one or two GiB
+without the encoders), fragmentation.
 """
 
 from dataclasses import dataclass
