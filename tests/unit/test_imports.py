@@ -101,8 +101,7 @@ def test_every_way_of_importing_is_seen(source):
     assert not uses(ast.parse(source.replace("distributed", "nn")), "torch.distributed")
 
 
-# Settings come from the configuration; a launcher's are read where the mesh is laid, and by what launches; LUMINA_KERNELS
-# by the dispatcher.
+# Settings come from the configuration; a launcher's are read where the mesh is laid, LUMINA_KERNELS by the dispatcher.
 # What starts ranks hands its own environment on to them.
 MAY_READ_ENVIRONMENT = (
     "lumina/parallel/",
