@@ -28,8 +28,12 @@ def test_the_losses_of_one_process(cluster_of, digits, tmp_path, spanning):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tiny_config(tmp_path / "run", digits, **changes)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", cluster.hostfile(slots), "--module"]
+    # What is to reach all ranks; without it those of a host each take all of its few cores.
+    (tmp_path / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
+    environment = cluster.environment | {"DS_ENV_FILE": str(tmp_path / "deepspeed_env")}
     sizes = [f"parallel.{axis}={size}" for axis, size in layout.items()]
-    done = cluster.run("node-0", [*command, "--no_local_rank", "lumina", "train", config, *sizes])
+    command += ["--no_local_rank", "lumina", "train", config, *sizes]
+    done = cluster.run("node-0", command, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     assert cluster.left() == []
     train_on(1, tiny_config(tmp_path / "one", digits, **changes))
