@@ -22,6 +22,7 @@ SLOW_SHARE = 0.5
 _QUARTILE = 0.75
 _ROWS_SHOWN = 20
 _SECOND_LOOKS = 64
+_PATIENCE = 3
 ALL_REDUCE, WITHIN, LINK = "all-reduce", "all-reduce within a host", "link"
 
 
@@ -117,7 +118,7 @@ def measure(mesh: Mesh, largest: int, repeats: int, seconds: float) -> list[Row]
         if mesh.is_first:
             rows.append(_reduced(ALL_REDUCE, range(mesh.world.size), names, found))
 
-    def play(pairs: Sequence[tuple[int, int]]) -> None:
+    def play(pairs: Sequence[tuple[int, int]], exchange: Exchange) -> None:
         mesh.barrier()
         for first, second in pairs:
             ranks = hosts[first][0], hosts[second][0]
@@ -131,11 +132,12 @@ def measure(mesh: Mesh, largest: int, repeats: int, seconds: float) -> list[Row]
                 rows.append(Row(LINK, ends, told, found.bytes, found.seconds, bandwidth, found.latency))
 
     for pairs in rounds(len(hosts)):
-        play(pairs)
+        play(pairs, exchange)
     slow = mesh.from_first(slow_links(_best(mesh.gather(rows) or [])))[:_SECOND_LOOKS]
-    # A second time by themselves: something else may have been under way.
+    # A second time, by themselves and longer: something else may have been under way.
+    longer = Exchange(mesh, largest, repeats * _PATIENCE, seconds * _PATIENCE)
     for pair in dict.fromkeys(tuple(sorted(host_of[rank] for rank in row.ranks)) for row in slow):
-        play([pair])
+        play([pair], longer)
     return _best(mesh.gather(rows) or [])
 
 

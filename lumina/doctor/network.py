@@ -78,11 +78,14 @@ def judge(rows: Sequence[Row], hosts: Sequence[Host]) -> Iterator[Check]:
         longest = f"longest latency {latency.latency * 1e6:.0f} µs ({_pair(latency, name_of)})"
         yield Check("links", OK, f"{slowest}; usual {rate(usual)}; {longest}")
         return
-    cut = slow[0].bandwidth < _CUT_SHARE * usual
+    cut = [row for row in slow if row.bandwidth < _CUT_SHARE * usual]
     finding = f"{slowest}; slow, with {rate(usual)} usual: {listed(told)}"
-    common = set.intersection(*({name_of[rank] for rank in row.ranks} for row in slow))
-    if len(slow) > 1 and common:
-        finding += f"; {listed(sorted(common))} is in all of them"
+    worst = cut or slow
+    common = set.intersection(*({name_of[rank] for rank in row.ranks} for row in worst))
+    if len(worst) > 1 and common:
+        finding += (
+            f"; {listed(sorted(common))} has part in {'the slowest' if len(worst) < len(slow) else 'all of them'}"
+        )
     yield Check("links", FAIL if cut else WARNING, finding, _MEND_LINK)
 
 

@@ -131,10 +131,13 @@ def test_each_fault_is_found_by_name(run, cluster_of):
         )
     (links,) = found_in(report, "links").values()
     assert links["state"] == "FAIL"
-    assert {f"d → {name} " in links["finding"] for name in "abc"} == {True}
-    assert "d is in all of them" in links["finding"]
-    for pair in ("a → b", "a → c", "b → a", "b → c", "c → a", "c → b"):
-        assert f"{pair} " not in links["finding"].partition("slow, with")[2]
+    slow = links["finding"].partition(" usual: ")[2].split(", ")
+    # Where the machine has other things to do, one of the others may look slow too; those of d are far slower.
+    assert {words.split()[0] + words.split()[2] for words in slow[:3]} == {"da", "db", "dc"}
+    assert all(float(words.split()[3]) < 2 and words.split()[4][:4] == "MB/s" for words in slow[:3]), (
+        slow
+    )  # of 5 Mbit/s
+    assert "; d has part in " in links["finding"]
     assert found_in(report, "port")["a"]["state"] == found_in(report, "same code")["c"]["state"] == "FAIL"
 
     assert not list(run.rglob(".lumina-doctor-*"))
