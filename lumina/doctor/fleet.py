@@ -14,31 +14,41 @@ from lumina.doctor.check import FAIL, OK, WARNING, Check, listed
 from lumina.doctor.on_host import CLOCK, LIMIT_SECONDS, read
 from lumina.launch import transport
 from lumina.launch.hostfile import Host
+from lumina.launch.hosts import kill_whole
 
 _AT_ONCE = 128
 _CLOCK_SECONDS = 2.0
 _SAYING_NOTHING = re.compile(r"^(pdsh@|Connection to .* closed|mpirun|srun: error: .*task 0: Exited|-+$|$)")
 # What a host or ssh says of why it cannot be reached, and what helps.
+_UNREACHED, _WITHOUT_LUMINA = "cannot be reached", "does not start Lumina"
 _MENDS = (
-    (r"Permission denied", "let this user in without a password: `ssh-copy-id {host}`"),
+    (_UNREACHED, r"Permission denied", "let this user in without a password: `ssh-copy-id {host}`"),
     (
+        _UNREACHED,
         r"Could not resolve|Name or service not known",
         "correct the name in the hostfile, or add it to /etc/hosts or DNS",
     ),
-    (r"Connection refused", "start sshd on {host}"),
+    (_UNREACHED, r"Connection refused", "start sshd on {host}"),
     (
+        _UNREACHED,
         r"No route to host|timed out|unreachable",
         "see that {host} runs, and that no firewall or cable cuts it off (ping {host})",
     ),
     (
+        _UNREACHED,
         r"Host key verification failed|IDENTIFICATION HAS CHANGED",
         "look whether it is the right host; then `ssh {host}` once and accept its key",
     ),
     (
+        _WITHOUT_LUMINA,
         r"No module named|unrecognized arguments|unknown option|invalid choice",
         "install this version of Lumina for the Python that is used there, or name another by python= in the hostfile",
     ),
-    (r"not found|No such file", "install Lumina at the same path there, or give python= and dir= in the hostfile"),
+    (
+        _WITHOUT_LUMINA,
+        r"not found|No such file",
+        "install Lumina at the same path there, or give python= and dir= in the hostfile",
+    ),
 )
 _ANY_MEND = "try `ssh {host} true`; leave it out with --exclude {host} until it answers"
 # Facts that may differ between hosts that train together, with a warning.
@@ -94,7 +104,7 @@ def _ask(host: Host, launcher: str, asked: str, limit: float) -> Answer:
 
     def end() -> None:
         late.set()
-        process.kill()
+        kill_whole(process)  # or what it has started would keep the pipes open
 
     timer = threading.Timer(limit, end)
     reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
@@ -115,11 +125,17 @@ def _ask(host: Host, launcher: str, asked: str, limit: float) -> Answer:
         process.stdout.close()
     if answer.found is None:
         said = [line.strip() for line in errors if not _SAYING_NOTHING.match(line.strip())]
-        last = said[-1] if said else f"{launcher} ended with exit code {process.returncode}"
+        last = _reason(said) or f"{launcher} ended with exit code {process.returncode}"
         answer.why = (
             f"no answer in {limit:.0f} s" + (f'; it said: "{said[-1]}"' if said else "") if late.is_set() else last
         )
     return answer
+
+
+def _reason(said: Sequence[str]) -> str:
+    """The line that one of `_MENDS` is for, or the last: mpirun says much after what matters."""
+    known = (line for _, pattern, _ in _MENDS for line in reversed(said) if re.search(pattern, line))
+    return next(known, said[-1] if said else "")
 
 
 def _note(answer: Answer, kind: str, content: Any, arrived: float) -> None:
@@ -137,9 +153,10 @@ def check_reached(answers: Mapping[str, Answer]) -> Iterator[Check]:
     reached = [name for name, answer in answers.items() if answer.found is not None]
     for name, answer in answers.items():
         if answer.found is None:
-            mends = (mend for pattern, mend in _MENDS if re.search(pattern, answer.why))
-            what = "cannot be reached" if answer.ahead is None else "did not finish"
-            yield Check("hosts", FAIL, f"{what}: {answer.why}", next(mends, _ANY_MEND).format(host=name), name)
+            found = ((what, mend) for what, pattern, mend in _MENDS if re.search(pattern, answer.why))
+            what, mend = next(found, (_UNREACHED, _ANY_MEND))
+            what = what if answer.ahead is None else "did not finish"
+            yield Check("hosts", FAIL, f"{what}: {answer.why}", mend.format(host=name), name)
     if reached:
         yield Check("hosts", OK, f"{len(reached)} of {len(answers)} answer")
 

@@ -172,7 +172,7 @@ class Fleet:
                 try:
                     link.process.wait(max(0.0, deadline - time.monotonic()) if link.state == "there" else 0.0)
                 except subprocess.TimeoutExpired:
-                    _kill(link.process)
+                    kill_whole(link.process)
         for channel, _ in self._unknown:
             channel.close()
         self._listener.close()
@@ -249,12 +249,12 @@ class Fleet:
     def _lose(self, link: _Link, why: str) -> Lost:
         if link.channel is not None:
             link.channel.close()
-        _kill(link.process)
+        kill_whole(link.process)
         link.channel, link.state, link.since = None, "lost", time.monotonic()
         return Lost(why)
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill_whole(process: subprocess.Popen) -> None:
     """A program that connects, and the ssh that it may have started: on the other host sshd then ends the agent."""
     if process.poll() is None:
         started = psutil.Process(process.pid).children(recursive=True)

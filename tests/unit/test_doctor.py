@@ -7,6 +7,7 @@ import shutil
 import socket
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
@@ -16,6 +17,7 @@ from lumina.doctor import devices, fleet, on_host, surroundings
 from lumina.doctor import run as run_checks
 from lumina.doctor.check import FAIL, OK, WARNING, Check, as_table, folded, worst
 from lumina.doctor.fleet import Answer
+from lumina.launch.hostfile import Host
 from lumina.train.loop import train
 from tests.parallel.runs import tiny_config
 from tests.parallel.workers import free_port
@@ -275,10 +277,22 @@ def test_the_odd_one_out_is_named_against_the_most():
     ],
 )
 def test_a_host_that_is_not_reached(why, mend):
+    what = "does not start Lumina" if "/opt/python" in why else "cannot be reached"
     gone, there = fleet.check_reached({"a": Answer(found={}), "b": Answer(why=why)})
-    assert (gone.state, gone.host, gone.finding) == (FAIL, "b", f"cannot be reached: {why}")
+    assert (gone.state, gone.host, gone.finding) == (FAIL, "b", f"{what}: {why}")
     assert mend in gone.mend
     assert there.finding == "1 of 2 answer"
+
+
+def test_a_host_that_hangs_is_given_up(tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho Welcome to this host >&2\nsleep 300 &\nwait\n")
+    script.chmod(0o755)
+    host = Host("localhost", (0,), python=str(script), directory=str(tmp_path))
+    (answer,) = fleet.ask([host], "ssh", {"localhost": "{}"}, limit=0.5).values()
+    assert answer.found is None
+    assert answer.why == 'no answer in 0 s; it said: "Welcome to this host"'
+    assert not [p for p in psutil.Process().children(recursive=True) if "sleep" in p.name()]
 
 
 def test_clocks():
