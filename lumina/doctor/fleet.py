@@ -84,11 +84,18 @@ def ask(
         limit: seconds after which one has not answered.
     """
     with ThreadPoolExecutor(min(_AT_ONCE, len(hosts))) as pool:
-        answers = pool.map(lambda host: _ask(host, launcher, asked[host.name], limit), hosts)
-        return {host.name: answer for host, answer in zip(hosts, answers, strict=True)}
+        started: list[subprocess.Popen] = []
+        try:
+            answers = pool.map(lambda host: _ask(host, launcher, asked[host.name], limit, started), hosts)
+            return {host.name: answer for host, answer in zip(hosts, answers, strict=True)}
+        except BaseException:  # Ctrl-C, for one: what runs in sessions of its own does not hear of it
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                kill_whole(process)
+            raise
 
 
-def _ask(host: Host, launcher: str, asked: str, limit: float) -> Answer:
+def _ask(host: Host, launcher: str, asked: str, limit: float, started: list[subprocess.Popen]) -> Answer:
     here, answer, errors = transport.is_here(host.name), Answer(), []
     process = subprocess.Popen(
         transport.command_on(host, launcher, ["-m", "lumina", "doctor", "--on-host", asked]),
@@ -100,6 +107,7 @@ def _ask(host: Host, launcher: str, asked: str, limit: float) -> Answer:
         errors="replace",
         start_new_session=True,
     )
+    started.append(process)
     late = threading.Event()
 
     def end() -> None:
