@@ -1,9 +1,12 @@
 """`lumina launch --hostfile` over several hosts: by every launcher, and with hosts and ranks that go away."""
 
+import re
 import signal
+import sys
 
 import psutil
 import pytest
+import yaml
 
 from tests.launch.launched import Launched
 from tests.parallel.runs import metrics_of, tiny_config, train_on
@@ -143,3 +146,33 @@ def test_two_runs_at_once(cluster_of, digits, tmp_path, one_process):
         losses = [line["loss"] for line in metrics_of(run.run_dir)]
         assert losses == pytest.approx(one_process, rel=1e-5)
     cluster.wait_until_empty(15.0)
+
+
+@pytest.mark.parametrize("launcher", ["ssh", "pdsh", "openmpi"])
+def test_a_host_that_cannot_be_reached(cluster_of, digits, tmp_path, launcher):
+    """Why is told in ssh's own words, whoever called it, and nothing is left."""
+    cluster = cluster_of(["a", "b"])
+    (tmp_path / "hosts").write_text("a slots=1\nelsewhere slots=1\nb slots=1 python=/no/python\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path / "run", digits)))
+    command = [sys.executable, "-m", "lumina", "launch", "--hostfile", tmp_path / "hosts", "--launcher", launcher]
+    done = cluster.run("a", [*command, tmp_path / "run.yaml"])
+    assert done.returncode == 1
+    said = done.stderr.removeprefix("lumina launch: ").split("; ")
+    assert said[0].startswith("host elsewhere: cannot be reached: ssh: Could not resolve hostname elsewhere: ")
+    assert re.match(r"host b: cannot be reached: .*/no/python: .*not found|.*/no/python: No such file", said[1])
+    assert (
+        said[1]
+        .strip()
+        .endswith("Look with `lumina doctor --hostfile`, or leave hosts out with --exclude (--debug shows where)")
+    )
+    assert not (tmp_path / "run").exists()
+    assert cluster.left() == []
+
+
+@pytest.mark.parametrize("launcher", ["ssh", "pdsh", "openmpi"])
+def test_nothing_outlives_a_killed_supervisor(cluster_of, digits, tmp_path, launcher):
+    cluster = cluster_of(["a", "b"])
+    launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, **ENDLESS), launcher, slots=1)
+    launched.wait_for_step(2)
+    launched.process.kill()
+    cluster.wait_until_empty(10.0)
