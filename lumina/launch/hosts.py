@@ -23,8 +23,8 @@ from lumina.launch.messages import Beat, Channel, Hello, Message
 
 _HELLO_SECONDS = 10.0
 _OPEN_SECONDS = CONNECT_SECONDS + 40.0  # and a slow start of Python from a network file system
-_RETRY_SECONDS = 10.0
-_STEADY_SECONDS = 10.0
+_RETRY_SECONDS = 4.0
+_STEADY_SECONDS = 5.0
 _STEADY_LIMIT = 3600.0
 
 

@@ -125,6 +125,7 @@ def test_a_stopped_agent_of_a_layout_that_needs_all_hosts(cluster_of, digits, tm
     launched.wait_for("the layout does not fit on the hosts that are left (a): waiting for others to return")
     assert named < 12.5
     again = launched.wait_for(" on a, b (restart 1 of at most 100)")
+    assert again < 15.0
     assert psutil.wait_procs(gone, timeout=5)[1] == []
     launched.wait_for_more()
     finish(launched)
