@@ -226,10 +226,8 @@ class Channel:
                     break
                 self._partial += data
                 self.heard = time.monotonic()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.closed = True
+        except OSError as error:
+            self.closed = self.closed or not isinstance(error, BlockingIOError)  # nothing more for now
         *lines, self._partial = self._partial.split(b"\n")
         self.closed = self.closed or len(self._partial) >= _LINE_LIMIT
         try:

@@ -29,6 +29,8 @@ class Launched:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # Ignored where the tests run in the background of a shell, and then by what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for_step(self, step: int) -> float:
@@ -57,6 +59,14 @@ class Launched:
         _, said = self.process.communicate(timeout=120)
         return self.process.returncode, said
 
+    def __enter__(self) -> "Launched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A test that fails leaves no run behind that would go on beside the others."""
+        self.process.kill()
+        self.process.wait()
+
 
 def _last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
@@ -75,19 +85,19 @@ def _of_the_run(folder: Path) -> list[psutil.Process]:
 def test_a_killed_and_a_stopped_rank(digits, tmp_path):
     """The losses of a run that met both are those of one that met neither."""
     changes = {"train__steps": 100_000, "checkpoint__every": 10, "watchdog__timeout": 4.0}
-    launched = Launched(tmp_path, tiny_config(tmp_path / "run", digits, **changes))
-    launched.wait_for_step(15)
-    killed = launched.rank(1)
-    os.kill(killed, signal.SIGKILL)
-    started = launched.wait_for_attempt(1)
-    launched.wait_for_step(_last_step(launched.run_dir) + 15)
-    resumed = time.monotonic()
-    stopped = launched.rank(0)
-    os.kill(stopped, signal.SIGSTOP)
-    launched.wait_for_attempt(2)
-    launched.wait_for_step(_last_step(launched.run_dir) + 15)
-    launched.process.send_signal(signal.SIGINT)  # as Ctrl-C does
-    code, said = launched.end()
+    with Launched(tmp_path, tiny_config(tmp_path / "run", digits, **changes)) as launched:
+        launched.wait_for_step(15)
+        killed = launched.rank(1)
+        os.kill(killed, signal.SIGKILL)
+        started = launched.wait_for_attempt(1)
+        launched.wait_for_step(_last_step(launched.run_dir) + 15)
+        resumed = time.monotonic()
+        stopped = launched.rank(0)
+        os.kill(stopped, signal.SIGSTOP)
+        launched.wait_for_attempt(2)
+        launched.wait_for_step(_last_step(launched.run_dir) + 15)
+        launched.process.send_signal(signal.SIGINT)  # as Ctrl-C does
+        code, said = launched.end()
     assert _of_the_run(tmp_path) == []
     print(f"15 more steps {resumed - started:.1f} s after the restart")
     told = [line.removeprefix("lumina launch: ") for line in said.splitlines() if line.startswith("lumina launch: ")]
@@ -108,12 +118,13 @@ def test_a_killed_and_a_stopped_rank(digits, tmp_path):
 
 def test_no_process_outlives_a_killed_supervisor(digits, tmp_path):
     """Nor what ranks have started to read data."""
-    launched = Launched(tmp_path, tiny_config(tmp_path / "run", digits, train__steps=100_000, data__workers=1))
-    launched.wait_for_step(3)
-    processes = psutil.Process(launched.process.pid).children(recursive=True)
-    assert len(processes) >= 2 * 3  # ranks, their fork servers and the processes that read
-    launched.process.kill()
-    launched.end()
+    tree = tiny_config(tmp_path / "run", digits, train__steps=100_000, data__workers=1)
+    with Launched(tmp_path, tree) as launched:
+        launched.wait_for_step(3)
+        processes = psutil.Process(launched.process.pid).children(recursive=True)
+        assert len(processes) >= 2 * 3  # ranks, their fork servers and the processes that read
+        launched.process.kill()
+        launched.end()
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []
     assert _of_the_run(tmp_path) == []

@@ -103,7 +103,13 @@ def test_every_way_of_importing_is_seen(source):
 
 # Settings come from the configuration; a launcher's are read where the mesh is laid, LUMINA_KERNELS by the dispatcher.
 # What starts ranks hands its own environment on to them.
-MAY_READ_ENVIRONMENT = ("lumina/parallel/", "lumina/cli.py", "lumina/launch/ranks.py", "kernels/dispatch.py")
+MAY_READ_ENVIRONMENT = (
+    "lumina/parallel/",
+    "lumina/cli.py",
+    "lumina/cli_launch.py",
+    "lumina/launch/",
+    "kernels/dispatch.py",
+)
 
 
 @EACH
