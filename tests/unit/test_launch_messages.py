@@ -29,7 +29,7 @@ from lumina.launch.messages import (
 MESSAGES = [
     Beat(),
     Prepare("/runs/a b"),
-    Start(["-m", "lumina", "train", "x'\"$.yaml"], "/r", 3, 8, 4, 16, "10.0.0.1", 29500, [0, 2], {"NCCL_DEBUG": "INFO"}),
+    Start(["-m", "lumina", "train", "x'\"$.yaml"], "/r", 3, 8, 4, 16, "10.0.0.1", 29500, [0, 2], {"A": "b=c"}),
     Start([], "/r", 0, 0, 1, 1, "127.0.0.1", 1),
     Signal(15),
     End(1.5),
