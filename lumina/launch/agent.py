@@ -23,7 +23,8 @@ from lumina.launch.transport import addresses
 
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 10.0
-"""Of silence, after which the other side is taken for lost."""
+"""Of silence, after which the supervisor takes a host for lost."""
+_ALONE_SECONDS = 8.0  # after which an agent ends: its ranks are gone when others take their place
 CONNECT_SECONDS = 20.0
 _TRY_SECONDS = 3.0
 _POLL_SECONDS = 0.05
@@ -91,7 +92,7 @@ def _beat(channel: Channel, over: threading.Event) -> None:
 
 
 def _is_lost(channel: Channel) -> bool:
-    return channel.closed or time.monotonic() - channel.heard > LOST_SECONDS
+    return channel.closed or time.monotonic() - channel.heard > _ALONE_SECONDS
 
 
 def _connect(hosts: list[str], port: int) -> socket.socket:

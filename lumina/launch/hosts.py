@@ -5,11 +5,14 @@ import os
 import secrets
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import psutil
 
 from lumina import __version__
 from lumina.launch import transport
@@ -80,7 +83,7 @@ class _Link:
 
 
 class Fleet:
-    """Hosts of a hostfile. `poll` must be called a few times a second: it takes part in the beating."""
+    """Hosts of a hostfile. A thread sends the heartbeats: the other one may wait for a terminal that shows nothing."""
 
     def __init__(self, hosts: Sequence[Host], launcher: str):
         """`launcher`: of `transport.LAUNCHERS`."""
@@ -91,7 +94,8 @@ class Fleet:
         self._listener.setblocking(False)
         self._port = self._listener.getsockname()[1]
         self._unknown: list[tuple[Channel, float]] = []
-        self._beaten = 0.0
+        self._closing = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="beats", daemon=True)
         self._folder = TemporaryDirectory(prefix="lumina-launch-")
 
     def open(self) -> None:
@@ -100,6 +104,7 @@ class Fleet:
         Raises:
             RuntimeError: naming each host that is not reached, and why.
         """
+        self._beating.start()
         for link in self._links.values():
             self._connect(link)
         problems: dict[str, str] = {}
@@ -141,13 +146,9 @@ class Fleet:
         """What hosts have told since the last call, and which are `Lost`; tries those that are, again and again."""
         self._accept()
         now = time.monotonic()
-        if beating := now - self._beaten > BEAT_SECONDS:
-            self._beaten = now
         events: list[tuple[Host, Message]] = []
         for link in self._links.values():
             if link.state == "there":
-                if beating:
-                    link.channel.send(Beat())
                 events += [(link.host, event) for event in link.channel.receive()]
                 if why := self._lost(link, now):
                     link.losses += 1
@@ -161,6 +162,7 @@ class Fleet:
 
     def close(self) -> None:
         """End all agents, and with them whatever is left of their ranks."""
+        self._closing.set()
         for link in self._links.values():
             if link.channel is not None:
                 link.channel.close()
@@ -170,12 +172,17 @@ class Fleet:
                 try:
                     link.process.wait(max(0.0, deadline - time.monotonic()) if link.state == "there" else 0.0)
                 except subprocess.TimeoutExpired:
-                    link.process.kill()
-                    link.process.wait()
+                    _kill(link.process)
         for channel, _ in self._unknown:
             channel.close()
         self._listener.close()
         self._folder.cleanup()
+
+    def _beat(self) -> None:
+        while not self._closing.wait(BEAT_SECONDS):
+            for link in self._links.values():
+                if (channel := link.channel) is not None:
+                    channel.send(Beat())
 
     def _connect(self, link: _Link) -> None:
         link.token, link.words = secrets.token_hex(16), Path(self._folder.name) / link.host.name.replace("/", "_")
@@ -242,11 +249,22 @@ class Fleet:
     def _lose(self, link: _Link, why: str) -> Lost:
         if link.channel is not None:
             link.channel.close()
-        if link.process.poll() is None:
-            link.process.kill()
-        link.process.wait()
+        _kill(link.process)
         link.channel, link.state, link.since = None, "lost", time.monotonic()
         return Lost(why)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """A program that connects, and the ssh that it may have started: on the other host sshd then ends the agent."""
+    if process.poll() is None:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in started:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+    process.wait()
 
 
 def _towards(name: str, ours: list[str]) -> list[str]:

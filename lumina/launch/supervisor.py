@@ -112,6 +112,9 @@ class Supervisor:
         using, fresh, before = self._hosts.all, None, None
         while True:
             attempt = self._prepare(using)
+            if attempt is None:
+                using = self._next_hosts()
+                continue
             fresh = attempt.prepared.fresh if fresh is None else fresh
             if before is None:
                 before = self._furthest = max(self._furthest, attempt.prepared.furthest)
@@ -130,16 +133,22 @@ class Supervisor:
             if fruitless >= FRUITLESS_LIMIT:
                 say(f"{fruitless} attempts in a row came no further than step {before}: not tried again; see {logs}")
                 return CRASH_LOOP
+            if attempt.widening and code == DONE:
+                using = self._next_hosts(attempt)
+                say(f"going on {self._whence(using)}")
+                continue
             if restarts == self._max_restarts:
                 say(f"not tried again: --max-restarts {self._max_restarts} are used up; see {logs}")
                 return code
             restarts += 1
             using = self._next_hosts(attempt)
-            whence = f"from the checkpoint of step {self._saved}" if self._saved else "from the beginning"
-            where = f" on {', '.join(host.name for host in using)}" if len(self._hosts.all) > 1 else ""
-            say(f"starting again {whence}{where} (restart {restarts} of at most {self._max_restarts})")
+            say(f"starting again {self._whence(using)} (restart {restarts} of at most {self._max_restarts})")
 
-    def _next_hosts(self, attempt: _Attempt) -> list[Host]:
+    def _whence(self, using: Sequence[Host]) -> str:
+        step = f"from the checkpoint of step {self._saved}" if self._saved else "from the beginning"
+        return step + (f" on {', '.join(host.name for host in using)}" if len(self._hosts.all) > 1 else "")
+
+    def _next_hosts(self, attempt: _Attempt | None = None) -> list[Host]:
         """Those to go on with: as many as are there and a run fits on; waits for them if it fits on none."""
         told = False
         while not (using := largest_fitting(self._hosts.there, self._fits)):
@@ -159,11 +168,17 @@ class Supervisor:
             self._note(attempt, Console(), events)
         return events
 
-    def _prepare(self, using: Sequence[Host]) -> _Attempt:
+    def _prepare(self, using: Sequence[Host]) -> _Attempt | None:
+        """None where a host was lost meanwhile."""
         self._hosts.send(using[0], Prepare(str(self._run_dir)))
         deadline = time.monotonic() + _ANSWER_SECONDS
         while time.monotonic() < deadline:
-            for host, event in self._wait():
+            events = self._wait()
+            if lost := [(host.name, event.why) for host, event in events if isinstance(event, Lost) and host in using]:
+                for name, why in lost:
+                    say(f"host {name} is lost: {why}")
+                return None
+            for host, event in events:
                 if host == using[0]:
                     match event:
                         case Prepared():
@@ -173,8 +188,6 @@ class Supervisor:
                             return _Attempt(event, dict(zip(using, firsts, strict=True)))
                         case Refused(text, bad_input):
                             raise (ValueError if bad_input else RuntimeError)(text)
-                        case Lost(why):
-                            raise RuntimeError(f"host {host.name}: {why}")
         raise RuntimeError(f"host {using[0].name} has not made a folder in {self._run_dir} for {_ANSWER_SECONDS:.0f} s")
 
     def _attempt(self, attempt: _Attempt) -> int:

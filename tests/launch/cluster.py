@@ -167,6 +167,16 @@ class Cluster:
         found = [process for name in self.names for process in self.processes(name)]
         return [told for told in map(_told, found) if told]
 
+    def wait_until_empty(self, seconds: float) -> None:
+        """
+        Raises:
+            AssertionError: with what still runs after so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while left := self.left():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
     def close(self) -> None:
         """End whatever still runs on the hosts, and take them down."""
         spaces = set()
