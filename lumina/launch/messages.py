@@ -177,7 +177,7 @@ def decode(line: bytes) -> Message:
 def _is(value: object, kind: object) -> bool:
     if get_origin(kind) is ClassVar:
         return True
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (int, float) if kind is float else (kind,)
     return any(isinstance(value, get_origin(one) or one) for one in kinds)
 
 

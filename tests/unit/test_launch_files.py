@@ -122,7 +122,7 @@ def test_the_hostfile_is_read_here_and_by_deepspeed():
 
 
 def test_what_the_operator_writes_is_a_hostfile(tmp_path):
-    """mpi-operator of kubeflow: pkg/controller/mpi_job_controller.go, newConfigMap, lately and before 0.5."""
+    """mpi-operator of kubeflow: pkg/controller/mpi_job_controller.go, newConfigMap, in new and old versions."""
     path = tmp_path / "hostfile"
     path.write_text("j-worker-0.j-worker.ns.svc slots=8\nj-worker-1.j-worker slots=8\n")
     eight = tuple(range(8))

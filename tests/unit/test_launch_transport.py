@@ -95,6 +95,14 @@ def test_this_host_needs_no_network(far, launcher):
     assert told(command, launcher) == (far[0] / "wo rk", ARGUMENTS[2:])
 
 
+@pytest.mark.parametrize(("name", "launcher"), [("here", "ssh"), ("far", "ssh"), ("far", "slurm")])
+def test_no_shell_stays_before_it(far, name, launcher):
+    """It would take the signals, and die of them without passing them on."""
+    command = command_on(Host(name, (0,)), launcher, ["-c", "import os; print(os.getpid())"])
+    process = subprocess.Popen(command, env=environment_of(launcher), stdout=subprocess.PIPE, text=True)
+    assert int(process.communicate(timeout=60)[0]) == process.pid
+
+
 def test_a_folder_outside_of_home_stays(far, tmp_path, monkeypatch):
     (tmp_path / "my home %hx").mkdir()  # begins like the home folder, and is none of it
     monkeypatch.chdir(tmp_path / "my home %hx")
