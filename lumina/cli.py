@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from lumina.cli_convert import add_convert
 from lumina.cli_data import add_data
+from lumina.cli_doctor import add_doctor
 from lumina.cli_launch import add_launch
 from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
 from lumina.config.exits import DONE as EXIT_DONE
@@ -191,6 +192,22 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--dir", help="where to write (default: the system's folder for temporary files)")
     checkpoint.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
     checkpoint.set_defaults(run=_benchmark_checkpoint)
+    network = subjects.add_parser(
+        "network",
+        help="what ranks exchange in a second, within hosts and between every two",
+        description="Measure all-reduce within each host and over all ranks, and messages between every two hosts, "
+        "disjoint pairs at once. Start it as training is started: by torchrun, deepspeed, srun or mpirun; `lumina "
+        "doctor --hostfile` does so by itself.",
+        example="lumina benchmark network --megabytes 256 --out network.json",
+    )
+    network.add_argument("--megabytes", type=int, default=64, metavar="M", help="of a message, at most (default 64)")
+    network.add_argument("--repeats", type=int, default=5, metavar="N", help="of each measurement (default 5)")
+    network.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="each takes, at most about (default 1)"
+    )
+    network.add_argument("--json", action="store_true", help="print the record as one line")
+    network.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    network.set_defaults(run=_benchmark_network)
     for parser_of in (fused, attention):
         tokens = parser_of.get_default("default_tokens")
         parser_of.add_argument("--tokens", nargs="+", type=int, metavar="T", help=f"(default {tokens})")
@@ -198,14 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         parser_of.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
         parser_of.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
 
-    doctor = verbs.add_parser(
-        "doctor",
-        help="say what is installed, and which kernels run here",
-        description="Say what is installed, which devices there are, and what each operation runs on here.",
-        example="lumina doctor",
-    )
-    doctor.add_argument("--json", action="store_true", help="for machines")
-    doctor.set_defaults(run=_doctor)
+    add_doctor(verbs)
     return parser
 
 
@@ -246,16 +256,16 @@ def _benchmark_loader(arguments: argparse.Namespace) -> None:
     benchmark_loader(arguments)
 
 
+def _benchmark_network(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.network import benchmark_network
+
+    benchmark_network(arguments)
+
+
 def _benchmark_checkpoint(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.checkpoint import benchmark_checkpoint
 
     benchmark_checkpoint(arguments)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from lumina.doctor import examine
-
-    examine(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

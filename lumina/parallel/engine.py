@@ -25,11 +25,12 @@ from lumina.config.deepspeed import deepspeed_config
 from lumina.config.schema import Config
 from lumina.model.flag_dit import Block, FlagDiT
 from lumina.parallel.activity import Phase
+from lumina.parallel.cuts import cut, stage_costs
 from lumina.parallel.fragments import Fragment, Held, Part, Trained, fragments_of
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.optimizer import optimizer_of
 from lumina.parallel.pipeline import PipelineStage
-from lumina.parallel.stage import Conditions, Stage, cut, stage_costs
+from lumina.parallel.stage import Conditions, Stage
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 # torch's new names for collectives that DeepSpeed calls by the old ones: nothing a user can act on.
