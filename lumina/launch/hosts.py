@@ -283,5 +283,11 @@ def _towards(name: str, ours: list[str]) -> list[str]:
 
 
 def _last_line(words: Path) -> str:
+    """What ssh or the agent wrote, without what the program that calls ssh says of it."""
     lines = [line.strip() for line in words.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")
+    lines = [line for line in lines if line and not line.startswith("pdsh@")]
+    # mpirun explains itself between lines of dashes, at length.
+    rules = [number for number, line in enumerate(lines) if not line.strip("-")]
+    if rules:
+        lines = lines[: rules[0]] or [line for line in lines if line.strip("-")][:1]
+    return lines[-1] if lines else ""
