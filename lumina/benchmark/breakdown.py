@@ -43,13 +43,21 @@ class Span:
 def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
     """Collectives, and waits for them, stand in a trace with the axis that they are of."""
     axis_of = {group.group_name: name for name, group in reversed(groups.items())}
+    # DeepSpeed makes groups of its own; one of the ranks of an axis is taken for that axis.
+    of_ranks = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
+
+    def axis_for(group: ProcessGroup) -> str:
+        if group.group_name not in axis_of:
+            axis_of[group.group_name] = of_ranks.get(tuple(dist.get_process_group_ranks(group)), "others")
+        return axis_of[group.group_name]
+
     pending: dict[int, tuple[Work, str]] = {}
     originals = {name: getattr(ProcessGroup, name) for name in _CALLS if hasattr(ProcessGroup, name)}
     wait = Work.wait
 
     def named(original: Callable) -> Callable:
         def call(group: ProcessGroup, *arguments: Any, **options: Any) -> Any:
-            axis = axis_of.get(group.group_name, "world")
+            axis = axis_for(group)
             with record_function(_AXIS + axis):
                 work = original(group, *arguments, **options)
             if isinstance(work, Work):
@@ -59,7 +67,7 @@ def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
         return call
 
     def named_wait(work: Work, *arguments: Any, **options: Any) -> Any:
-        _, axis = pending.pop(id(work), (work, "world"))
+        _, axis = pending.pop(id(work), (work, "others"))
         with record_function(_AXIS + axis):
             return wait(work, *arguments, **options)
 

@@ -106,9 +106,8 @@ def _config(arguments: argparse.Namespace) -> tuple[Config, FlagDiTConfig]:
         "data": {"shards": ["none"]},
         "train": {"steps": 1, "ema_decay": 0.9999},
         "precision": arguments.dtype,
-        "parallel": layout_of_words(arguments.layout),
     }
-    config = with_overrides(tree, arguments.overrides, "benchmark")
+    config = with_overrides(tree, [*layout_settings(arguments.layout), *arguments.overrides], "benchmark")
     sizes = FlagDiTConfig.from_dict(config.model)
     if sizes.text_conditional != bool(arguments.text_tokens):
         raise ValueError("--text-tokens 0 measures a label-conditional model: set model.num_classes, or give some")
@@ -119,19 +118,17 @@ def _config(arguments: argparse.Namespace) -> tuple[Config, FlagDiTConfig]:
     return with_overrides(config.model_dump(by_alias=True), overrides, "benchmark"), sizes
 
 
-def layout_of_words(text: str) -> dict[str, Any]:
-    """``tp=2,ring=4,zero=1,sequence=true`` as the section `parallel` of a configuration.
+def layout_settings(text: str) -> list[str]:
+    """``tp=2,ring=4,zero=1,sequence=true`` as settings of the section `parallel`.
 
     Raises:
         ValueError: for what is not of this form.
     """
-    found = {}
-    for word in filter(None, text.split(",")):
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"--layout {text}: {word!r} is not of the form axis=size, as tp=2,ring=4,zero=1")
-        found[_SHORT.get(key, key)] = value if not value.isdigit() else int(value)
-    return found
+    words = [word for word in text.split(",") if word]
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"--layout {text}: {wrong[0]!r} is not of the form axis=size, as tp=2,ring=4,zero=1")
+    pairs = [word.split("=", 1) for word in words]
+    return [f"parallel.{_SHORT.get(key, key)}={value}" for key, value in pairs]
 
 
 @contextmanager
@@ -267,7 +264,8 @@ class _Bench:
         self.mesh.barrier()
         start = time.perf_counter()
         self._step()
-        return max(self.mesh.gather(time.perf_counter() - start) or [0.0])
+        own = time.perf_counter() - start
+        return max(self.mesh.gather(own) or [own])
 
     def _most(self, mine: Footprint) -> Footprint:
         """Of all ranks the most of each, on rank 0."""
