@@ -55,9 +55,11 @@ def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
     originals = {name: getattr(ProcessGroup, name) for name in _CALLS if hasattr(ProcessGroup, name)}
     wait = Work.wait
 
-    def named(original: Callable) -> Callable:
+    def named(method: str, original: Callable) -> Callable:
         def call(group: ProcessGroup, *arguments: Any, **options: Any) -> Any:
             axis = axis_for(group)
+            if axis == "world" and method in ("send", "recv"):
+                axis = "pipeline"  # DeepSpeed's stages write to each other over the world's group
             with record_function(_AXIS + axis):
                 work = original(group, *arguments, **options)
             if isinstance(work, Work):
@@ -73,7 +75,7 @@ def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
 
     try:
         for name, original in originals.items():
-            setattr(ProcessGroup, name, named(original))
+            setattr(ProcessGroup, name, named(name, original))
         Work.wait = named_wait
         yield
     finally:
