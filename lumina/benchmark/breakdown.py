@@ -52,10 +52,14 @@ def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
         return axis_of[group.group_name]
 
     pending: dict[int, tuple[Work, str]] = {}
-    originals = {name: getattr(ProcessGroup, name) for name in _CALLS if hasattr(ProcessGroup, name)}
+    # As they stand in the class: what an attribute gives would not be bound to an object when it is put back.
+    originals = {name: ProcessGroup.__dict__[name] for name in _CALLS if name in ProcessGroup.__dict__}
+    original_wait = Work.__dict__["wait"]
     wait = Work.wait
 
-    def named(method: str, original: Callable) -> Callable:
+    def named(method: str) -> Callable:
+        original = getattr(ProcessGroup, method)
+
         def call(group: ProcessGroup, *arguments: Any, **options: Any) -> Any:
             axis = axis_for(group)
             if axis == "world" and method in ("send", "recv"):
@@ -74,14 +78,14 @@ def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
             return wait(work, *arguments, **options)
 
     try:
-        for name, original in originals.items():
-            setattr(ProcessGroup, name, named(name, original))
+        for name in originals:
+            setattr(ProcessGroup, name, named(name))
         Work.wait = named_wait
         yield
     finally:
         for name, original in originals.items():
             setattr(ProcessGroup, name, original)
-        Work.wait = wait
+        Work.wait = original_wait
 
 
 def seconds_by_category(
@@ -125,11 +129,10 @@ def on_host(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         at = moment
 
     for span in spans:
+        pass_to(span.start)
         if open_spans or span.name == STEP:
-            pass_to(span.start)
             open_spans.append((span, _category(span, open_spans[-1][1] if open_spans else HOST)))
-        at = span.start
-    pass_to(float("inf")) if not open_spans else pass_to(max(span.stop for span, _ in open_spans))
+    pass_to(max(span.stop for span in spans))
     return dict(seconds)
 
 

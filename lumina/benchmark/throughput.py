@@ -18,6 +18,7 @@ from lumina.benchmark.breakdown import DATA, OPTIMIZER, groups_with_peers, hidde
 from lumina.benchmark.footprint import Footprint, Watch
 from lumina.config.load import with_overrides
 from lumina.config.schema import Config
+from lumina.encoders.vae import build_vae
 from lumina.flow.loss import Objective
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
@@ -99,10 +100,16 @@ def _config(arguments: argparse.Namespace) -> tuple[Config, FlagDiTConfig]:
     for name in ("tokens", "samples", "steps", "warm_up", "profile_steps"):
         if getattr(arguments, name) < (0 if name in ("warm_up", "profile_steps") else 1):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is too few")
+    if arguments.peak not in (None, "measured"):
+        try:
+            arguments.peak = float(arguments.peak)
+        except ValueError:
+            raise ValueError(f"--peak {arguments.peak} is no number of TFLOP/s, and not `measured`") from None
     conditions = {"cap_feat_dim": 4096} if arguments.text_tokens else {"num_classes": 1000}
     tree: dict[str, Any] = {
         "run": {"dir": "none"},
         "model": {"preset": arguments.model, "in_channels": 4} | conditions,
+        "vae": {"model": "none"},
         "data": {"shards": ["none"]},
         "train": {"steps": 1, "ema_decay": 0.9999},
         "precision": arguments.dtype,
@@ -156,7 +163,8 @@ class _Bench:
         self.accumulation = accumulation_steps(config, mesh.data.size)
         self.objective = Objective.build(**config.flow.model_dump())
         self.shape = latent_shape(arguments.tokens, sizes)
-        self.preparer = Preparer(sizes, None, None, self.objective, Randomness(0), 0.0, mesh)
+        vae = build_vae(config.vae, sizes.in_channels, mesh.device)
+        self.preparer = Preparer(sizes, vae, None, self.objective, Randomness(0), 0.0, mesh)
         torch.manual_seed(0)
         model = FlagDiT(sizes)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -297,7 +305,7 @@ class _Bench:
         asked = self.arguments.peak
         if asked is None:
             return peak_tflops(self.config, self.mesh.device)
-        return measured_peak(self.mesh.device, self.config.precision) if asked == "measured" else float(asked)
+        return measured_peak(self.mesh.device, self.config.precision) if asked == "measured" else asked
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
