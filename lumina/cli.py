@@ -213,8 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         help="steps of training: tokens a second, TFLOP/s, memory and time by category",
         description="Time steps of training on packs of noise, with the real model, engine and optimizer, alone or "
         "under any launcher. key=value changes whatever a configuration sets.",
-        example="torchrun --nproc-per-node 8 -m lumina benchmark throughput --model 7b --tokens 131072 "
-        "--layout tp=2,ring=4",
+        example="lumina benchmark throughput --model 600m --tokens 4096 --layout zero=1 parallel.recompute=full",
     )
     throughput.add_argument("--model", default="600m", metavar="SIZE", help="600m (default), 3b, 5b or 7b")
     throughput.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a sample (default 4096)")

@@ -6,27 +6,20 @@ thread waits. On a GPU the same is done with the device's streams: a collective 
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup, Work
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from lumina.parallel.mesh import Mesh
+from lumina.parallel.named_collectives import AXIS, named_collectives
 
 STEP = "lumina: step"
 DATA, OPTIMIZER = "lumina: data", "lumina: optimizer"
-_AXIS = "lumina: communication of "
 _NAMED = {DATA: "data", OPTIMIZER: "optimizer"}
 GEMM, ATTENTION, ELEMENTWISE, HOST = "matrix products", "attention", "elementwise", "Python and launching"
-_CALLS = (
-    *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "_allgather_base", "gather", "scatter"),
-    *("all_gather_single", "all_to_all_single", "reduce_scatter_single", "allgather_into_tensor_coalesced"),
-    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base"),
-    *("send", "recv", "barrier"),
-)
 
 
 @dataclass(frozen=True)
@@ -39,66 +32,15 @@ class Span:
     annotation: bool
 
 
-@contextmanager
-def named_collectives(groups: Mapping[str, ProcessGroup]) -> Iterator[None]:
-    """Collectives, and waits for them, stand in a trace with the axis that they are of."""
-    axis_of = {group.group_name: name for name, group in reversed(groups.items())}
-    # DeepSpeed makes groups of its own; one of the ranks of an axis is taken for that axis.
-    of_ranks = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
-
-    def axis_for(group: ProcessGroup) -> str:
-        if group.group_name not in axis_of:
-            axis_of[group.group_name] = of_ranks.get(tuple(dist.get_process_group_ranks(group)), "others")
-        return axis_of[group.group_name]
-
-    pending: dict[int, tuple[Work, str]] = {}
-    # As they stand in the class: what an attribute gives would not be bound to an object when it is put back.
-    originals = {name: ProcessGroup.__dict__[name] for name in _CALLS if name in ProcessGroup.__dict__}
-    original_wait = Work.__dict__["wait"]
-    wait = Work.wait
-
-    def named(method: str) -> Callable:
-        original = getattr(ProcessGroup, method)
-
-        def call(group: ProcessGroup, *arguments: Any, **options: Any) -> Any:
-            axis = axis_for(group)
-            if axis == "world" and method in ("send", "recv"):
-                axis = "pipeline"  # DeepSpeed's stages write to each other over the world's group
-            with record_function(_AXIS + axis):
-                work = original(group, *arguments, **options)
-            if isinstance(work, Work):
-                pending[id(work)] = work, axis
-            return work
-
-        return call
-
-    def named_wait(work: Work, *arguments: Any, **options: Any) -> Any:
-        _, axis = pending.pop(id(work), (work, "others"))
-        with record_function(_AXIS + axis):
-            return wait(work, *arguments, **options)
-
-    try:
-        for name in originals:
-            setattr(ProcessGroup, name, named(name))
-        Work.wait = named_wait
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(ProcessGroup, name, original)
-        Work.wait = original_wait
-
-
-def seconds_by_category(
-    step: Callable[[], object], steps: int, groups: Mapping[str, ProcessGroup], trace: Path, cuda: bool
-) -> dict[str, float]:
+def seconds_by_category(step: Callable[[], object], steps: int, mesh: Mesh, trace: Path) -> dict[str, float]:
     """Run `step`, which marks its stretches, so many times, and share out its seconds; means of a step.
 
     Args:
-        groups: process groups by the name of their axis.
         trace: where the trace is written, for Perfetto and chrome://tracing.
     """
+    cuda = mesh.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with named_collectives(groups), profile(activities=activities, acc_events=True) as profiler:
+    with named_collectives(mesh), profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
             with record_function(STEP):
                 step()
@@ -176,8 +118,8 @@ def _span(event: Mapping[str, Any]) -> Span:
 
 
 def _category(span: Span, around: str) -> str:
-    if span.name.startswith(_AXIS):
-        return f"communication: {span.name.removeprefix(_AXIS)}"
+    if span.name.startswith(AXIS):
+        return f"communication: {span.name.removeprefix(AXIS)}"
     if around.startswith("communication"):
         return around
     if span.name in _NAMED:
@@ -201,7 +143,7 @@ def _category_of_kernel(kernel: Span, marks: Sequence[Span]) -> str:
     name = kernel.name.lower()
     around = [mark for mark in marks if mark.start <= kernel.start and kernel.stop <= mark.stop]
     if "nccl" in name:
-        axis = next((mark.name.removeprefix(_AXIS) for mark in around if mark.name.startswith(_AXIS)), "world")
+        axis = next((mark.name.removeprefix(AXIS) for mark in around if mark.name.startswith(AXIS)), "world")
         return f"communication: {axis}"
     if named := [_NAMED[mark.name] for mark in around if mark.name in _NAMED]:
         return named[-1]
@@ -210,8 +152,3 @@ def _category_of_kernel(kernel: Span, marks: Sequence[Span]) -> str:
     if any(part in name for part in ("gemm", "cutlass", "nvjet", "xmma", "cublas")):
         return GEMM
     return ELEMENTWISE
-
-
-def groups_with_peers(groups: Mapping[str, ProcessGroup]) -> dict[str, ProcessGroup]:
-    """Those of more than one rank; of several names for one group the first counts."""
-    return {name: group for name, group in groups.items() if dist.get_world_size(group) > 1}

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import record_function
 
 from lumina.benchmark import record
-from lumina.benchmark.breakdown import DATA, OPTIMIZER, groups_with_peers, hidden, seconds_by_category
+from lumina.benchmark.breakdown import DATA, OPTIMIZER, hidden, seconds_by_category
 from lumina.benchmark.footprint import Footprint, Watch
 from lumina.config.load import with_overrides
 from lumina.config.schema import Config
@@ -26,7 +26,7 @@ from lumina.model.flops import Flops, forward_flops
 from lumina.model.tokens import Captions, token_count
 from lumina.parallel.engine import Engine
 from lumina.parallel.layout import accumulation_steps, check_layout, describe
-from lumina.parallel.mesh import Mesh, World, close_mesh, groups_of, open_mesh
+from lumina.parallel.mesh import Mesh, World, close_mesh, open_mesh
 from lumina.parallel.randomness import Randomness
 from lumina.train.ema import EMA
 from lumina.train.metrics import peak_tflops
@@ -295,9 +295,8 @@ class _Bench:
         with tempfile.TemporaryDirectory() as folder:
             named = self.arguments.trace if self.mesh.is_first else None
             trace = Path(named) if named else Path(folder) / "trace.json"
-            groups = groups_with_peers(groups_of(self.mesh))
             self.mesh.barrier()
-            shared = seconds_by_category(step, steps, groups, trace, self.mesh.device.type == "cuda")
+            shared = seconds_by_category(step, steps, self.mesh, trace)
         return shared, total / steps
 
     def _peak(self) -> float | None:
