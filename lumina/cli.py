@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from lumina.cli_convert import add_convert
 from lumina.cli_data import add_data
+from lumina.cli_doctor import add_doctor
 from lumina.cli_launch import add_launch
 from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
 from lumina.config.exits import DONE as EXIT_DONE
@@ -191,6 +192,52 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--dir", help="where to write (default: the system's folder for temporary files)")
     checkpoint.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
     checkpoint.set_defaults(run=_benchmark_checkpoint)
+    network = subjects.add_parser(
+        "network",
+        help="what ranks exchange in a second, within hosts and between every two",
+        description="Measure all-reduce within each host and over all ranks, and messages between every two hosts, "
+        "disjoint pairs at once. Start it as training is started: by torchrun, deepspeed, srun or mpirun; `lumina "
+        "doctor --hostfile` does so by itself.",
+        example="lumina benchmark network --megabytes 256 --out network.json",
+    )
+    network.add_argument("--megabytes", type=int, default=64, metavar="M", help="of a message, at most (default 64)")
+    network.add_argument("--repeats", type=int, default=5, metavar="N", help="of each measurement (default 5)")
+    network.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="each takes, at most about (default 1)"
+    )
+    network.add_argument("--json", action="store_true", help="print the record as one line")
+    network.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    network.set_defaults(run=_benchmark_network)
+    throughput = subjects.add_parser(
+        "throughput",
+        help="steps of training: tokens a second, TFLOP/s, memory and time by category",
+        description="Time steps of training on packs of noise, with the real model, engine and optimizer, alone or "
+        "under any launcher. key=value changes whatever a configuration sets.",
+        example="lumina benchmark throughput --model 600m --tokens 4096 --layout zero=1 parallel.recompute=full",
+    )
+    throughput.add_argument("--model", default="600m", metavar="SIZE", help="600m (default), 3b, 5b or 7b")
+    throughput.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a sample (default 4096)")
+    throughput.add_argument("--samples", type=int, default=1, metavar="N", help="of a pack (default 1)")
+    throughput.add_argument(
+        "--packs", type=int, metavar="N", help="of a replica in a step (default 1; 2 for each pipeline stage)"
+    )
+    throughput.add_argument(
+        "--text-tokens", type=int, default=128, metavar="N", help="of a caption (default 128); 0: classes, no captions"
+    )
+    throughput.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,pp=2,ring=4,ulysses=2,zero=1")
+    throughput.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
+    throughput.add_argument("--steps", type=int, default=10, metavar="N", help="that are timed (default 10)")
+    throughput.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
+    throughput.add_argument(
+        "--profile-steps", type=int, default=2, metavar="N", help="whose time is shared out (default 2; 0 for none)"
+    )
+    throughput.add_argument(
+        "--peak", metavar="TFLOPS", help="of a device, or `measured` (default: that of the GPU's data sheet)"
+    )
+    throughput.add_argument("--trace", metavar="FILE", help="a new file for the trace, which Perfetto opens")
+    throughput.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    throughput.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as model.n_layers=8")
+    throughput.set_defaults(run=_benchmark_throughput)
     for parser_of in (fused, attention):
         tokens = parser_of.get_default("default_tokens")
         parser_of.add_argument("--tokens", nargs="+", type=int, metavar="T", help=f"(default {tokens})")
@@ -198,14 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         parser_of.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
         parser_of.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
 
-    doctor = verbs.add_parser(
-        "doctor",
-        help="say what is installed, and which kernels run here",
-        description="Say what is installed, which devices there are, and what each operation runs on here.",
-        example="lumina doctor",
-    )
-    doctor.add_argument("--json", action="store_true", help="for machines")
-    doctor.set_defaults(run=_doctor)
+    add_doctor(verbs)
     return parser
 
 
@@ -240,22 +280,28 @@ def _benchmark_attention(arguments: argparse.Namespace) -> None:
     benchmark_attention(arguments)
 
 
+def _benchmark_throughput(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.throughput import benchmark_throughput
+
+    benchmark_throughput(arguments)
+
+
 def _benchmark_loader(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.loader import benchmark_loader
 
     benchmark_loader(arguments)
 
 
+def _benchmark_network(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.network import benchmark_network
+
+    benchmark_network(arguments)
+
+
 def _benchmark_checkpoint(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.checkpoint import benchmark_checkpoint
 
     benchmark_checkpoint(arguments)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from lumina.doctor import examine
-
-    examine(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

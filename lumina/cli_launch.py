@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -17,7 +18,19 @@ def add_launch(verbs: argparse._SubParsersAction) -> None:
         example="lumina launch --ranks 8 configs/600m.yaml parallel.tensor=2\n"
         "  lumina launch --hostfile hosts.txt configs/7b.yaml parallel.tensor=8",
     )
-    where = launch.add_argument_group("where")
+    add_hosts(launch)
+    launch.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="a variable that every rank is to have; repeatable"
+    )
+    launch.add_argument("--max-restarts", type=int, default=100, metavar="R", help="(default 100)")
+    launch.add_argument("config", metavar="CONFIG", help="YAML file")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
+    launch.set_defaults(run=_launch)
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which hosts, and how they are reached."""
+    where = parser.add_argument_group("where")
     where.add_argument("--ranks", type=int, metavar="N", help="processes of this host, one for each GPU")
     where.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts, a line each: NAME slots=N")
     where.add_argument("--nodes", type=int, metavar="N", help="the first N hosts of the hostfile")
@@ -29,20 +42,10 @@ def add_launch(verbs: argparse._SubParsersAction) -> None:
         default="auto",
         help="how hosts are reached (default auto: pdsh if it is installed, else ssh); slurm needs no hostfile",
     )
-    launch.add_argument(
-        "--env", action="append", default=[], metavar="NAME", help="a variable that every rank is to have; repeatable"
-    )
-    launch.add_argument("--max-restarts", type=int, default=100, metavar="R", help="(default 100)")
-    launch.add_argument("config", metavar="CONFIG", help="YAML file")
-    launch.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
-    launch.set_defaults(run=_launch)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    import os
-
     from lumina.config.load import load_config
-    from lumina.launch.environment import passed_on
     from lumina.launch.supervisor import Supervisor
 
     if sys.platform != "linux":
@@ -60,9 +63,18 @@ def _launch(arguments: argparse.Namespace) -> int:
     def fits(world: int) -> bool:
         return world % replica == 0 and packs % (world // replica * at_once) == 0
 
-    environment = passed_on(os.environ, arguments.env, Path.cwd(), Path.home())
+    environment = environment_of_ranks(arguments.env)
     hosts = hosts_of(arguments)
     return Supervisor(hosts, train, Path(config.run.dir), arguments.max_restarts, fits, environment).run()
+
+
+def environment_of_ranks(names: Sequence[str] = ()) -> dict[str, str]:
+    """Variables that every rank is to have, on top of its host's: `environment.passed_on` of this process's."""
+    import os
+
+    from lumina.launch.environment import passed_on
+
+    return passed_on(os.environ, names, Path.cwd(), Path.home())
 
 
 def hosts_of(arguments: argparse.Namespace):
@@ -71,8 +83,26 @@ def hosts_of(arguments: argparse.Namespace):
     Raises:
         ValueError: for options that do not go together, and a hostfile that does not read.
     """
-    from lumina.launch.hostfile import chosen, read_hostfile
     from lumina.launch.hosts import Fleet, LocalHost
+
+    found = named_hosts(arguments)
+    if found is not None:
+        return Fleet(*found)
+    if arguments.ranks is None:
+        raise ValueError(
+            "--ranks N or --hostfile FILE is missing: say how many processes to start on this host, one for each "
+            "GPU, or on which hosts"
+        )
+    return LocalHost(arguments.ranks)
+
+
+def named_hosts(arguments: argparse.Namespace):
+    """The hosts that `--hostfile` or Slurm gives, those of them that are chosen, and the launcher; or None.
+
+    Raises:
+        ValueError: as `hosts_of`.
+    """
+    from lumina.launch.hostfile import chosen, read_hostfile
     from lumina.launch.transport import choose_launcher, slurm_hosts
 
     if arguments.hostfile is not None:
@@ -87,11 +117,6 @@ def hosts_of(arguments: argparse.Namespace):
                 raise ValueError(f"--{option} chooses from a hostfile: give --hostfile too")
         if arguments.launcher != "auto":
             raise ValueError(f"--launcher {arguments.launcher} reaches the hosts of a hostfile: give --hostfile too")
-        if arguments.ranks is None:
-            raise ValueError(
-                "--ranks N or --hostfile FILE is missing: say how many processes to start on this host, one for each "
-                "GPU, or on which hosts"
-            )
-        return LocalHost(arguments.ranks)
+        return None
     launcher = choose_launcher(arguments.launcher)
-    return Fleet(chosen(found, arguments.nodes, arguments.include, arguments.exclude), launcher)
+    return chosen(found, arguments.nodes, arguments.include, arguments.exclude), launcher

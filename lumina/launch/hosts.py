@@ -220,7 +220,7 @@ class Fleet:
                     channel.close()
 
     def _welcome(self, channel: Channel, first: Message) -> bool:
-        if not isinstance(first, Hello):
+        if not isinstance(first, Hello) or not first.token.isascii():
             return False
         for link in self._links.values():
             if link.state == "connecting" and hmac.compare_digest(link.token, first.token):

@@ -25,11 +25,12 @@ from lumina.config.deepspeed import deepspeed_config
 from lumina.config.schema import Config
 from lumina.model.flag_dit import Block, FlagDiT
 from lumina.parallel.activity import Phase
+from lumina.parallel.cuts import cut, stage_costs
 from lumina.parallel.fragments import Fragment, Held, Part, Trained, fragments_of
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.optimizer import optimizer_of
 from lumina.parallel.pipeline import PipelineStage
-from lumina.parallel.stage import Conditions, Stage, cut, stage_costs
+from lumina.parallel.stage import Conditions, Stage
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 # torch's new names for collectives that DeepSpeed calls by the old ones: nothing a user can act on.
@@ -188,6 +189,11 @@ class Engine:
         for entry in self._trained:
             if entry.part is None:
                 entry.parameter.register_hook(look)
+
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the working weights: of each parameter all, or, under ZeRO 3, its share."""
+        for parameter in self._stage.parameters():
+            yield getattr(parameter, "ds_tensor", parameter)
 
     def held(self) -> Iterator[Held]:
         """Everything that only a step of the optimizer changes, as this rank has it."""

@@ -3,7 +3,6 @@
 Shape suffixes: t token of this rank, n sample, w condition width, d model dim, p patch element.
 """
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -13,20 +12,11 @@ from lumina.kernels.attention_lse_backends import lse_backend
 from lumina.model.attention import AttentionInputs
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.tokens import Captions
+from lumina.parallel.cuts import ON_FIRST_STAGE
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.recompute import run_block
 from lumina.parallel.ring import SequenceParallelCore
 from lumina.parallel.sequence import Stretch
-
-ON_FIRST_STAGE = (
-    "x_embedder",
-    "t_embedder",
-    "cap_embedder",
-    "y_embedder",
-    "eol_token",
-    "pad_token",
-    "nextframe_token",
-)
 
 
 @runtime_checkable  # or the shape checks of the tests cannot look at it
@@ -95,37 +85,3 @@ class Stage(nn.Module):
     def _captions(self, conditions: Conditions) -> Captions | None:
         dtype = next(self.model.parameters()).dtype
         return None if conditions.captions is None else conditions.captions.to(dtype=dtype)
-
-
-def cut(costs: Sequence[float], stages: int) -> list[range]:
-    """Blocks in order, cut into `stages` stretches of at least one, the dearest as cheap as can be."""
-    count = len(costs)
-    sums = [sum(costs[:i]) for i in range(count + 1)]
-    # best[i]: the smallest possible dearest stretch of the first i blocks, and where its last stretch starts
-    best = [(sums[i], 0) for i in range(count + 1)]
-    starts = []
-    for stage in range(2, stages + 1):
-        best = [
-            min((max(best[j][0], sums[i] - sums[j]), j) for j in range(stage - 1, i))
-            if i >= stage
-            else (float("inf"), 0)
-            for i in range(count + 1)
-        ]
-        starts.append([j for _, j in best])
-    stop, stretches = count, []
-    for table in reversed(starts):
-        stretches.append(range(table[stop], stop))
-        stop = table[stop]
-    return [range(0, stop), *reversed(stretches)]
-
-
-def stage_costs(model: FlagDiT) -> list[float]:
-    """Cost of each block in multiply-adds a token, that of the embedders and of the head on the first and the last."""
-
-    def weights(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    costs = [float(weights(block.attention) + weights(block.feed_forward)) for block in model.layers]
-    costs[0] += weights(model.x_embedder)
-    costs[-1] += weights(model.final_layer.linear)
-    return costs

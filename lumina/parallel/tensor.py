@@ -2,8 +2,8 @@
 
 Each attention and each feed-forward is a region in which a rank works on its own heads, or columns, of all tokens: the
 tokens are spread on the way in, and the partial products summed on the way out. Between regions every rank holds all
-tokens or, under sequence parallel, its stretch of them. `TABLE` says how each module is cut; what it does not name is
-replicated.
+tokens or, under sequence parallel, its stretch of them. `cuts.TABLE` says how each module is cut; what it does not name
+is replicated.
 
 Shape suffixes: t token, d model dim, n sample, w width of queries or keys.
 """
@@ -34,43 +34,9 @@ from lumina.parallel.collectives import (
     spread,
     sum_partial,
 )
+from lumina.parallel.cuts import COLUMN, GATHERED_COLUMN, NORM, ON_TOKENS, ROW, VECTOR, kind_of
 from lumina.parallel.fragments import Part
 from lumina.parallel.mesh import Axis, Mesh
-
-COLUMN, ROW, GATHERED_COLUMN, NORM, VECTOR = "column", "row", "gathered column", "norm", "vector"
-
-TABLE = {
-    "layers.*.attention.wq": COLUMN,
-    "layers.*.attention.wk": COLUMN,
-    "layers.*.attention.wv": COLUMN,
-    "layers.*.attention.wk_y": COLUMN,
-    "layers.*.attention.wv_y": COLUMN,
-    "layers.*.attention.wo": ROW,
-    "layers.*.attention.q_norm": NORM,  # over the full width, with a slice of its weight and bias on each rank
-    "layers.*.attention.k_norm": NORM,
-    "layers.*.attention.ky_norm": NORM,
-    "layers.*.attention.gate": VECTOR,
-    "layers.*.feed_forward.w1": COLUMN,
-    "layers.*.feed_forward.w3": COLUMN,
-    "layers.*.feed_forward.w2": ROW,
-    # A tenth of the weights, used once a sample: what they make is small and every rank needs all of it.
-    "layers.*.adaLN_modulation.1": GATHERED_COLUMN,
-    "final_layer.adaLN_modulation.1": GATHERED_COLUMN,
-}
-# Replicated, and used on the tokens between regions: under sequence parallel each rank's gradient is of its own tokens.
-ON_TOKENS = (
-    "x_embedder.*",
-    "eol_token",
-    "nextframe_token",
-    "layers.*.attention_norm.*",
-    "layers.*.ffn_norm.*",
-    "final_layer.linear.*",
-)
-
-
-def kind_of(name: str) -> str | None:
-    """How a module or parameter of this name is cut; None for what is replicated."""
-    return next((kind for pattern, kind in TABLE.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def parallelize_tensor(model: FlagDiT, mesh: Mesh) -> dict[str, Part]:

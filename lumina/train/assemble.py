@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lumina.checkpoint.manifest import checkpoints_of
+from lumina.config.files import PROBE
 from lumina.config.schema import Config, DataConfig
 from lumina.data.index import Access, Contents, DataSet, Index
 from lumina.data.plan import Plan
@@ -24,8 +25,8 @@ from lumina.model.tokens import token_count
 from lumina.parallel.layout import accumulation_steps
 from lumina.parallel.mesh import Mesh, first_then_others
 
-_LOCK = ".lock"
-_BEFORE_A_RUN = {_LOCK, "logs", "hangs"}  # what may stand in its folder before its configuration does
+LOCK = ".lock"
+_BEFORE_A_RUN = {LOCK, "logs", "hangs"}  # what may stand in its folder before its configuration does
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +220,13 @@ def check_conditions(index: Index, model: FlagDiTConfig) -> None:
         raise ValueError(f"{index.name(missing)} {what}")
 
 
+def holds_no_run(run_dir: Path) -> bool:
+    """Whether a folder is there and holds something else than a run."""
+    names = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    held = any(name not in _BEFORE_A_RUN and not name.startswith(PROBE) for name in names)
+    return held and not (run_dir / "config.yaml").is_file() and not checkpoints_of(run_dir)
+
+
 @contextmanager
 def run_folder(run_dir: Path) -> Iterator[None]:
     """Make the run's folder, or accept one that holds a run already, and keep other processes out while it lasts.
@@ -228,13 +236,13 @@ def run_folder(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        held = any(path.name not in _BEFORE_A_RUN for path in run_dir.iterdir())
-        lock = (run_dir / _LOCK).open("w")
+        other = holds_no_run(run_dir)
+        lock = (run_dir / LOCK).open("w")
     except OSError as error:
         raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror or error}") from error
     with lock:
-        if held and not (run_dir / "config.yaml").is_file() and not checkpoints_of(run_dir):
-            (run_dir / _LOCK).unlink()
+        if other:
+            (run_dir / LOCK).unlink()
             raise ValueError(f"run.dir={run_dir} is not empty and holds no run of Lumina; name a new folder")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

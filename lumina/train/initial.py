@@ -10,6 +10,7 @@ from torch import Tensor
 from lumina.checkpoint.manifest import EMA, WEIGHTS
 from lumina.checkpoint.sources import open_source
 from lumina.config.schema import TrainConfig
+from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.pretrained import check_recorded, listed, misfits
 from lumina.parallel.fragments import Fragment
@@ -37,11 +38,9 @@ class Start:
         for wanted, key in ((kind, "init_weights"), *([(EMA, "init_ema")] if train.init_ema else [])):
             if wanted not in source.tensors:
                 raise ValueError(f"train.{key} asks for the {wanted} weights of {train.init_from}, which has none")
-        for field in ("n_heads", "patch_size", "norm_eps", "qk_norm"):  # which shapes may not tell
-            if (theirs := getattr(source.model, field)) != (ours := getattr(model.config, field)):
-                raise ValueError(f"model.{field} is {ours}, and {theirs} in train.init_from={train.init_from}")
+        check_variants(source.model, model.config, train.init_from)
         found = {name: stored.shape for name, stored in source.tensors[kind].items()}
-        drawn, left = _allowed(model, found, train.allow_missing, train.init_from)
+        drawn, left = drawn_and_left(model, found, train.allow_missing, train.init_from)
         self._taken = [name for name, _ in model.named_parameters() if name not in drawn]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -61,10 +60,27 @@ class Start:
         return fragment.cut(self._source.read(EMA, fragment.name))
 
 
-def _allowed(
+def check_variants(theirs: FlagDiTConfig, ours: FlagDiTConfig, source: str) -> None:
+    """Refuse, by `ValueError`, a model that differs in what shapes may not tell."""
+    for field in ("n_heads", "patch_size", "norm_eps", "qk_norm"):
+        if getattr(theirs, field) != getattr(ours, field):
+            raise ValueError(
+                f"model.{field} is {getattr(ours, field)}, and {getattr(theirs, field)} in train.init_from={source}"
+            )
+
+
+def drawn_and_left(
     model: FlagDiT, found: dict[str, tuple[int, ...]], patterns: Sequence[str], source: str
 ) -> tuple[list[str], list[str]]:
-    """Parameters that the source does not give, and tensors of it that the model does not take; all allowed."""
+    """Parameters that the source does not give, and tensors of it that the model does not take; all allowed.
+
+    Args:
+        found: shapes of the tensors of the source.
+        source: what to call it.
+
+    Raises:
+        ValueError: for what is not allowed, and for patterns that nothing matches.
+    """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def allowed(name: str) -> bool:

@@ -36,6 +36,7 @@ from lumina.train.initial import Start
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
 from lumina.train.preview import check_preview, draw_preview
+from lumina.train.resume import check_same_run, lanes_of
 from lumina.train.schedule import learning_rate
 from lumina.train.step import StepResult, train_step
 from lumina.train.stop import StopFile, StopSignals
@@ -87,11 +88,11 @@ class Trainer:
         checkpoint, self._damaged = newest_whole_checkpoint(self.run_dir, mesh)
         self._notes = [f"a checkpoint is passed over: {problem}" for problem in self._damaged.values()]
         if checkpoint is not None:
-            _check_same_run(config, checkpoint)
+            check_same_run(config, checkpoint)
         self.step = checkpoint.manifest.step if checkpoint else 0
         # What was converted from another trainer's folder starts its data from the beginning.
         state = DataState.from_dict(checkpoint.manifest.data) if checkpoint and checkpoint.manifest.data else None
-        self.parts = assemble(config, model, mesh, _lanes_of(config, state))
+        self.parts = assemble(config, model, mesh, lanes_of(config, state))
         check_preview(config, self.parts)
         # Ranks that work on the same packs meet the same bad samples: one of them writes them down.
         ledger = self.run_dir / "bad_samples" / f"rank_{mesh.data.rank:05d}.jsonl"
@@ -312,7 +313,7 @@ class Trainer:
 
     def _flops(self, pack: TrainingPack) -> int:
         captions = pack.captions.lengths if pack.captions is not None else ()
-        return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions)
+        return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions).total
 
     def _save(self, data: DataState | None, metrics: Metrics, wait: bool) -> None:
         """`data` is known to the leaders of replicas, of which the first rank is one."""
@@ -375,38 +376,3 @@ def _unfilled_model(config: FlagDiTConfig, checkpoint: Checkpoint) -> FlagDiT:
             if not parameter.requires_grad:
                 parameter.copy_(checkpoint.read(WEIGHTS, name).view_as(parameter))
     return model
-
-
-def _lanes_of(config: Config, state: DataState | None) -> int | None:
-    """The lanes of the run that goes on, whatever its global batch is now."""
-    if state is None:
-        return None
-    if config.data.lanes not in (None, len(state.lanes)):
-        raise ValueError(
-            f"data.lanes={config.data.lanes}, but {config.run.dir} has {len(state.lanes)}, which a run keeps; "
-            f"set data.lanes={len(state.lanes)}, or leave it out"
-        )
-    return len(state.lanes)
-
-
-def _check_same_run(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse to resume what would silently be another run."""
-    now = _identity(config)
-    for key, before in _identity(checkpoint.config).items():
-        if now.get(key) != before:
-            raise ValueError(
-                f"{key}={now.get(key)}, but {config.run.dir} was trained with {before}; "
-                f"set it back to go on with that run, or name another run.dir"
-            )
-
-
-def _identity(config: Config) -> dict[str, object]:
-    """What cannot change without making another run of it; rates, lengths and layouts can."""
-    sections = {
-        "model": model_config(config).to_dict(),
-        "flow": config.flow.model_dump(include={"path", "prediction"}),
-        "text": config.text.model_dump(exclude={"dtype"}) if config.text else {},
-        "vae": config.vae.model_dump(exclude={"dtype"}),
-    }
-    named = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {"run.seed": config.run.seed, **named}

@@ -303,7 +303,7 @@ def test_version(results):
         for verb in (
             *("", "train", "sample", "data", "data digits", "data index"),
             *("data folder", "data table", "data lumina", "data check", "data show", "data encode"),
-            *("benchmark", "benchmark kernels", "benchmark attention", "doctor"),
+            *("benchmark", "benchmark kernels", "benchmark attention", "benchmark network", "doctor"),
         )
     ],
     ids=lambda verb: "-".join(verb),
@@ -333,7 +333,7 @@ def test_the_examples_are_understood():
                     yield from parsers(child)
 
     examples = [p.epilog.split("\n  ")[1] for p in parsers(_parser())]
-    assert len(examples) == 20
+    assert len(examples) == 22
     for example in examples:
         for command in example.split("&&"):
             words = shlex.split(command)

@@ -6,8 +6,8 @@ import pytest
 
 from lumina.config.load import validate
 from lumina.model.config import FlagDiTConfig
+from lumina.parallel.cuts import cut
 from lumina.parallel.layout import check_layout
-from lumina.parallel.stage import cut
 
 SIZES = {"dim": 48, "n_layers": 4, "n_heads": 12, "n_kv_heads": 6, "multiple_of": 8, "cap_feat_dim": 16}
 
