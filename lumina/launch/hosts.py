@@ -23,8 +23,8 @@ from lumina.launch.messages import Beat, Channel, Hello, Message
 
 _HELLO_SECONDS = 10.0
 _OPEN_SECONDS = CONNECT_SECONDS + 40.0  # and a slow start of Python from a network file system
-_RETRY_SECONDS = 10.0
-_STEADY_SECONDS = 10.0
+_RETRY_SECONDS = 4.0
+_STEADY_SECONDS = 5.0
 _STEADY_LIMIT = 3600.0
 
 
@@ -220,7 +220,7 @@ class Fleet:
                     channel.close()
 
     def _welcome(self, channel: Channel, first: Message) -> bool:
-        if not isinstance(first, Hello):
+        if not isinstance(first, Hello) or not first.token.isascii():
             return False
         for link in self._links.values():
             if link.state == "connecting" and hmac.compare_digest(link.token, first.token):
@@ -283,5 +283,11 @@ def _towards(name: str, ours: list[str]) -> list[str]:
 
 
 def _last_line(words: Path) -> str:
+    """What ssh or the agent wrote, without what the program that calls ssh says of it."""
     lines = [line.strip() for line in words.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")
+    lines = [line for line in lines if line and not line.startswith("pdsh@")]
+    # mpirun explains itself between lines of dashes, at length.
+    rules = [number for number, line in enumerate(lines) if not line.strip("-")]
+    if rules:
+        lines = lines[: rules[0]] or [line for line in lines if line.strip("-")][:1]
+    return lines[-1] if lines else ""

@@ -5,7 +5,8 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from types import UnionType
+from typing import ClassVar, get_args, get_origin, get_type_hints
 
 _LINE_LIMIT = 1 << 22  # bytes
 
@@ -164,9 +165,20 @@ def decode(line: bytes) -> Message:
     """
     try:
         fields = json.loads(line)
-        return Message.kinds[fields.pop("kind")](**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        message = Message.kinds[fields.pop("kind")](**fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"no message: {line[:80]!r}") from error
+    # Anybody can connect to the port and send something of the right form.
+    if wrong := [name for name, kind in get_type_hints(type(message)).items() if not _is(getattr(message, name), kind)]:
+        raise ValueError(f"no message, by its {wrong[0]}: {line[:80]!r}")
+    return message
+
+
+def _is(value: object, kind: object) -> bool:
+    if get_origin(kind) is ClassVar:
+        return True
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (int, float) if kind is float else (kind,)
+    return any(isinstance(value, get_origin(one) or one) for one in kinds)
 
 
 class Channel:

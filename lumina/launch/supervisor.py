@@ -221,8 +221,9 @@ class Supervisor:
             self._pass_on(attempt)
             self._note(attempt, console, self._hosts.poll())
             failed = attempt.failed
-            if self._asked and any(ended.code == -signal.SIGTERM for _, ended in failed):
-                say("stopped before training had begun, or after it was saved")
+            if (self._asked or attempt.widening) and any(ended.code == -signal.SIGTERM for _, ended in failed):
+                if self._asked:
+                    say("stopped before training had begun, or after it was saved")
                 return DONE
             if attempt.lost or attempt.refused is not None:
                 break

@@ -14,6 +14,8 @@ from lumina.launch.hostfile import Host
 
 LAUNCHERS = ("pdsh", "ssh", "openmpi", "slurm")
 _PROGRAM = {"pdsh": "pdsh", "ssh": "ssh", "openmpi": "mpirun", "slurm": "srun"}
+# From these srun would take what one task of the job is to have; an agent has the node.
+_OF_TASKS = ("SLURM_NTASKS_PER_NODE", "SLURM_TRES_PER_TASK", "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK")
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
 
 
@@ -45,12 +47,16 @@ def command_on(host: Host, launcher: str, arguments: list[str]) -> list[str]:
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         return ["mpirun", *as_root, "--host", f"{host.name}:1", "-n", "1", "--bind-to", "none", "sh", "-c", script]
     # A step of its own on the node, beside others, with all that the job has there.
-    step = ["--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--cpu-bind=none", "--export=ALL"]
-    return ["srun", *step, "sh", "-c", script]
+    step = ["--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--cpu-bind=none", "--mpi=none"]
+    if gpus := _gpus_of_a_node():
+        step.append(f"--gpus-per-node={gpus}")  # of a job that asks for them by task, one task would get its share
+    return ["srun", *step, "--export=ALL", "sh", "-c", script]
 
 
 def environment_of(launcher: str) -> dict[str, str]:
     """Of the program that runs a command elsewhere."""
+    if launcher == "slurm":
+        return {name: value for name, value in os.environ.items() if name not in _OF_TASKS}
     if launcher != "pdsh":
         return dict(os.environ)
     more = " ".join(_SSH)
@@ -87,20 +93,26 @@ def slurm_hosts(ranks_per_host: int | None) -> list[Host]:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if nodes is None:
         raise ValueError("--launcher slurm without --hostfile: this is no Slurm job (SLURM_JOB_NODELIST is not set)")
+    if shutil.which("scontrol") is None:
+        raise ValueError("--launcher slurm: scontrol is not installed on this host")
     found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
     if found.returncode:
         raise ValueError(f"scontrol show hostnames {nodes} failed: {found.stderr.strip()}")
-    told = ranks_per_host or next(
-        (
-            int(os.environ[n])
-            for n in ("SLURM_GPUS_ON_NODE", "SLURM_NTASKS_PER_NODE")
-            if os.environ.get(n, "").isdigit()
-        ),
-        None,
-    )
+    told = ranks_per_host or _gpus_of_a_node() or _number_in("SLURM_NTASKS_PER_NODE")
     if told is None:
         raise ValueError("nothing tells how many ranks a node has: ask Slurm for --gpus-per-node, or give --ranks N")
     return [Host(name, tuple(range(told))) for name in found.stdout.split()]
+
+
+def _gpus_of_a_node() -> int | None:
+    """As the job has asked for; a job that has whole nodes may have been given more on them."""
+    return _number_in("SLURM_GPUS_PER_NODE") or _number_in("SLURM_GPUS_ON_NODE")
+
+
+def _number_in(name: str) -> int | None:
+    """Of a variable such as "8" or "a100:4,h100:4", whose types do not matter here; None where there is none."""
+    numbers = [part.rpartition(":")[2] for part in os.environ.get(name, "").split(",")]
+    return sum(map(int, numbers)) or None if all(number.isdigit() for number in numbers) else None
 
 
 def _python(host: Host, default: str, arguments: list[str]) -> str:

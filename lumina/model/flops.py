@@ -4,13 +4,31 @@ A multiply-add is two FLOPs. Norms, activations and softmax are left out, recomp
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lumina.model.config import FlagDiTConfig
 from lumina.model.modulation import FREQUENCIES
 
 
-def forward_flops(config: FlagDiTConfig, lengths: Sequence[int], caption_lengths: Sequence[int] = ()) -> int:
-    """FLOPs of one forward pass over samples of these lengths in tokens; backward costs twice as much again.
+@dataclass(frozen=True)
+class Flops:
+    """Of one forward pass; backward costs twice as much again.
+
+    gemm: of products with weights, `in_blocks` of them in the blocks: what recomputation does once more.
+    attention: of products of queries with keys, and of weights with values.
+    """
+
+    gemm: int
+    in_blocks: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.gemm + self.attention
+
+
+def forward_flops(config: FlagDiTConfig, lengths: Sequence[int], caption_lengths: Sequence[int] = ()) -> Flops:
+    """FLOPs of one forward pass over samples of these lengths in tokens.
 
     Args:
         lengths: tokens of each sample, learned tokens counted.
@@ -19,17 +37,17 @@ def forward_flops(config: FlagDiTConfig, lengths: Sequence[int], caption_lengths
     dim, width, kv = config.dim, config.condition_width, config.kv_heads * config.head_dim
     tokens, samples, caption_tokens = sum(lengths), len(lengths), sum(caption_lengths)
     projections = 2 * dim * (2 * dim + 2 * kv) + 6 * dim * config.ffn_dim
-    attention = sum(4 * length * length * dim for length in lengths)
     modulation = 2 * width * 6 * dim
-    text = 0
+    in_layer = projections * tokens + modulation * samples
+    attention = sum(4 * length * length * dim for length in lengths)
     if caption_lengths:
-        text = 4 * config.cap_feat_dim * kv * caption_tokens
-        text += sum(4 * t * s * dim for t, s in zip(lengths, caption_lengths, strict=True))
-    layer = projections * tokens + attention + modulation * samples + text
+        in_layer += 4 * config.cap_feat_dim * kv * caption_tokens
+        attention += sum(4 * t * s * dim for t, s in zip(lengths, caption_lengths, strict=True))
 
     patch = config.patch_size**2
     ends = 2 * tokens * dim * patch * (config.in_channels + config.out_channels)
     conditioning = 2 * width * (FREQUENCIES + width + 2 * dim)
     if caption_lengths:
         conditioning += 2 * config.cap_feat_dim * width
-    return config.n_layers * layer + ends + conditioning * samples
+    in_blocks = config.n_layers * in_layer
+    return Flops(in_blocks + ends + conditioning * samples, in_blocks, config.n_layers * attention)

@@ -190,6 +190,11 @@ class Engine:
             if entry.part is None:
                 entry.parameter.register_hook(look)
 
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the working weights: of each parameter all, or, under ZeRO 3, its share."""
+        for parameter in self._stage.parameters():
+            yield getattr(parameter, "ds_tensor", parameter)
+
     def held(self) -> Iterator[Held]:
         """Everything that only a step of the optimizer changes, as this rank has it."""
         replicated = self._zero_stage == 0

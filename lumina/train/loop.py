@@ -313,7 +313,7 @@ class Trainer:
 
     def _flops(self, pack: TrainingPack) -> int:
         captions = pack.captions.lengths if pack.captions is not None else ()
-        return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions)
+        return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions).total
 
     def _save(self, data: DataState | None, metrics: Metrics, wait: bool) -> None:
         """`data` is known to the leaders of replicas, of which the first rank is one."""

@@ -5,6 +5,7 @@ ended with it.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ def missing() -> str:
         return "network namespaces need root"
     if absent := [name for name in _PROGRAMS if _program(name) is None]:
         return f"not installed: {', '.join(absent)}"
+    _sweep()
     name = f"lumina-{os.getpid()}-probe"
     if subprocess.run([_program("ip"), "netns", "add", name], capture_output=True).returncode:
         return "`ip netns add` is not allowed here"
@@ -199,11 +201,25 @@ class Cluster:
             for pipe in (process.stdout, process.stderr):
                 if pipe is not None:
                     pipe.close()
-        listed = subprocess.run([_program("ip"), "netns", "list"], capture_output=True, text=True).stdout
-        for line in listed.splitlines():
-            if line.split()[0].startswith(self._prefix):
-                _ip("netns", "del", line.split()[0])
+        for name in _spaces():
+            if name.startswith(self._prefix):
+                _ip("netns", "del", name)
         assert not alive, alive
+
+
+def _sweep() -> None:
+    """Hosts of a test process that was killed."""
+    for name in _spaces():
+        found = re.match(r"lumina-(\d+)-", name)
+        if found and not psutil.pid_exists(int(found.group(1))):
+            for process in _in_spaces({os.stat(f"/run/netns/{name}").st_ino}):
+                process.kill()
+            _ip("netns", "del", name)
+
+
+def _spaces() -> list[str]:
+    listed = subprocess.run([_program("ip"), "netns", "list"], capture_output=True, text=True).stdout
+    return [line.split()[0] for line in listed.splitlines() if line.strip()]
 
 
 def _in_spaces(spaces: set[int]) -> list[psutil.Process]:

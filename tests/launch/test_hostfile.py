@@ -1,14 +1,20 @@
 """`lumina launch --hostfile` over several hosts: by every launcher, and with hosts and ranks that go away."""
 
+import re
+import shutil
 import signal
+import sys
 
 import psutil
 import pytest
+import yaml
 
 from tests.launch.launched import Launched
 from tests.parallel.runs import metrics_of, tiny_config, train_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
+NO_MPI = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+LAUNCHERS = ["ssh", "pdsh", pytest.param("openmpi", marks=NO_MPI)]
 ENDLESS = {"train__steps": 100_000, "checkpoint__every": 5}
 
 
@@ -20,7 +26,7 @@ def one_process(digits, tmp_path_factory):
     return [line["loss"] for line in metrics_of(folder / "run")]
 
 
-@pytest.mark.parametrize("launcher", ["ssh", "pdsh", "openmpi"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher(cluster_of, digits, tmp_path, one_process, launcher):
     cluster = cluster_of(["a", "b"], own_name="127.0.1.1")
     launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, train__steps=20), launcher)
@@ -111,7 +117,7 @@ def test_a_stopped_agent_of_a_layout_that_needs_all_hosts(cluster_of, digits, tm
     """It is ended, with its ranks, and the run waits for the host."""
     cluster = cluster_of(["a", "b"])
     layout = {"parallel__pipeline": 2, "parallel__tensor": 2}
-    launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, **ENDLESS, **layout), "openmpi")
+    launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, **ENDLESS, **layout), "pdsh")
     launched.wait_for_step(10)
     gone = [launched.agent("b"), *launched.ranks("b").values()]
     gone[0].suspend()
@@ -119,6 +125,7 @@ def test_a_stopped_agent_of_a_layout_that_needs_all_hosts(cluster_of, digits, tm
     launched.wait_for("the layout does not fit on the hosts that are left (a): waiting for others to return")
     assert named < 12.5
     again = launched.wait_for(" on a, b (restart 1 of at most 100)")
+    assert again < 15.0
     assert psutil.wait_procs(gone, timeout=5)[1] == []
     launched.wait_for_more()
     finish(launched)
@@ -143,3 +150,28 @@ def test_two_runs_at_once(cluster_of, digits, tmp_path, one_process):
         losses = [line["loss"] for line in metrics_of(run.run_dir)]
         assert losses == pytest.approx(one_process, rel=1e-5)
     cluster.wait_until_empty(15.0)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_host_that_cannot_be_reached(cluster_of, digits, tmp_path, launcher):
+    """Why is told in ssh's own words, whoever called it, and nothing is left."""
+    cluster = cluster_of(["a", "b"])
+    (tmp_path / "hosts").write_text("a slots=1\nelsewhere slots=1\nb slots=1 python=/no/python\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path / "run", digits)))
+    command = [sys.executable, "-m", "lumina", "launch", "--hostfile", tmp_path / "hosts", "--launcher", launcher]
+    done = cluster.run("a", [*command, tmp_path / "run.yaml"])
+    assert done.returncode == 1
+    said = done.stderr.removeprefix("lumina launch: ").split("; ")
+    assert said[0].startswith("host elsewhere: cannot be reached: ssh: Could not resolve hostname elsewhere: ")
+    assert re.match(r"host b: cannot be reached: .*/no/python: ([Nn]o such file|not found)", said[1])
+    assert not (tmp_path / "run").exists()
+    assert cluster.left() == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_nothing_outlives_a_killed_supervisor(cluster_of, digits, tmp_path, launcher):
+    cluster = cluster_of(["a", "b"])
+    launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, **ENDLESS), launcher, slots=1)
+    launched.wait_for_step(2)
+    launched.process.kill()
+    cluster.wait_until_empty(10.0)

@@ -1,0 +1,179 @@
+"""What the supervisor orders as hosts come and go, with hosts that answer as a test has them."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from lumina.config.exits import DONE, FAILED
+from lumina.launch.hostfile import Host
+from lumina.launch.hosts import LocalHost, Lost, _last_line
+from lumina.launch.messages import End, Ended, Over, Prepare, Prepared, Refused, Signal, Start
+from lumina.launch.supervisor import Supervisor
+
+A, B, C = (Host(name, (0, 1)) for name in "abc")
+
+
+class Hosts(LocalHost):
+    """`answer(hosts, host, order)` gives what an order leads to, as (host, event) pairs."""
+
+    def __init__(self, *hosts, answer):
+        self.all, self._there, self._answer = list(hosts), list(hosts), answer
+        self.orders, self._events = [], []
+        self.starts = []
+
+    @property
+    def there(self):
+        return self._there
+
+    def open(self):
+        self.opened = True
+
+    def close(self):
+        self.opened = False
+
+    def address(self, host):
+        return f"address of {host.name}"
+
+    def send(self, host, order):
+        self.orders.append((host.name, order))
+        if isinstance(order, Prepare):
+            self.starts.append({})
+        if isinstance(order, Start):
+            self.starts[-1][host.name] = order
+        if isinstance(order, End):
+            self._events.append((host, Over(0, 0)))
+        self._events += self._answer(self, host, order) or []
+
+    def lose(self, host):
+        self.there.remove(host)
+        return host, Lost("gone")
+
+    def poll(self):
+        events, self._events = self._events, []
+        return events
+
+
+def prepared(number=0):
+    return Prepared(number, "logs", 29_500, 0, 0, False)
+
+
+def ends(host, order, code=0):
+    return [(host, Ended(rank, 1, code, "")) for rank in range(order.first, order.first + order.count)]
+
+
+def run(hosts, restarts=3, fits=lambda world: True):
+    return Supervisor(hosts, ["-m", "train"], Path("run"), restarts, fits).run()
+
+
+def test_ranks_are_numbered_over_hosts():
+    def answer(hosts, host, order):
+        return [(host, prepared())] if isinstance(order, Prepare) else isinstance(order, Start) and ends(host, order)
+
+    hosts = Hosts(A, Host("b", (1,), all_slots=False), C, answer=answer)
+    assert run(hosts) == DONE
+    (starts,) = hosts.starts
+    assert [(starts[n].first, starts[n].count, starts[n].world, starts[n].slots) for n in "abc"] == [
+        (0, 2, 5, None),
+        (2, 1, 5, [1]),
+        (3, 2, 5, None),
+    ]
+    assert {(start.master_address, start.master_port) for start in starts.values()} == {("address of a", 29_500)}
+    assert not hosts.opened
+
+
+@pytest.mark.parametrize("lost", [A, B])
+def test_a_host_that_is_lost_before_its_ranks_are_started(lost, capsys):
+    """No rank is started that would wait for it."""
+
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            gone = [hosts.lose(lost)] if len(hosts.starts) == 1 else []
+            return [*gone, (host, prepared())]
+        return isinstance(order, Start) and ends(host, order)
+
+    hosts = Hosts(A, B, answer=answer)
+    assert run(hosts) == DONE
+    other = {A: "b", B: "a"}[lost]
+    assert [list(starts) for starts in hosts.starts] == [[], [other]]
+    assert (hosts.starts[1][other].world, hosts.starts[1][other].master_address) == (2, "127.0.0.1")
+    assert capsys.readouterr().err == f"lumina launch: host {lost.name} is lost: gone\n"
+
+
+def test_a_host_that_returns_takes_part_again_and_costs_no_restart(capsys):
+    """The third attempt is on both, though one restart is all there was; a rank that had not begun is no failure."""
+
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, prepared(len(hosts.starts)))]
+        if isinstance(order, Start) and len(hosts.starts) == 1 and host == B:
+            return [hosts.lose(B)]
+        if isinstance(order, Start) and len(hosts.starts) == 2:
+            hosts.there.append(B)
+        if isinstance(order, Start) and len(hosts.starts) == 3:
+            return ends(host, order)
+        if order == Signal(signal.SIGTERM):
+            return ends(host, hosts.starts[-1]["a"], -signal.SIGTERM)
+
+    hosts = Hosts(A, B, answer=answer)
+    assert run(hosts, restarts=1) == DONE
+    assert [list(starts) for starts in hosts.starts] == [["a", "b"], ["a"], ["a", "b"]]
+    assert capsys.readouterr().err.splitlines() == [
+        "lumina launch: host b is lost: gone",
+        "lumina launch: starting again from the beginning on a (restart 1 of at most 1)",
+        "lumina launch: b: there again; the run is saved, and goes on with more hosts",
+        "lumina launch: going on from the beginning on a, b",
+    ]
+
+
+def test_a_layout_chooses_the_hosts(capsys):
+    """Of three, one is lost, and four ranks are none that the run can be laid out on: it goes on with one host."""
+
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, prepared())]
+        if isinstance(order, Start) and len(hosts.starts) == 1 and host == B:
+            return [hosts.lose(B)]
+        if isinstance(order, Start) and len(hosts.starts) == 2:
+            return ends(host, order)
+
+    hosts = Hosts(A, B, C, answer=answer)
+    assert run(hosts, fits=lambda world: world in (2, 6)) == DONE
+    assert [list(starts) for starts in hosts.starts] == [["a", "b", "c"], ["a"]]
+    assert "starting again from the beginning on a (restart 1" in capsys.readouterr().err
+
+
+def test_the_budget_is_spent(capsys):
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, prepared())]
+        if isinstance(order, Start) and host == B:
+            return ends(host, order, 1)
+
+    hosts = Hosts(A, B, answer=answer)
+    assert run(hosts, restarts=1) == FAILED
+    assert len(hosts.starts) == 2
+    assert "--max-restarts 1 are used up" in capsys.readouterr().err
+
+
+def test_an_order_that_is_refused():
+    hosts = Hosts(A, B, answer=lambda hosts, host, order: [(host, Refused("no space", bad_input=True))])
+    with pytest.raises(ValueError, match="no space"):
+        run(hosts)
+    assert not hosts.opened
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("ssh: no route\npdsh@a: b: ssh exited with exit code 255\n", "ssh: no route"),
+        ("pdsh@a: b: ssh exited with exit code 255\n", ""),
+        ("Welcome\n\nHost key verification failed.\r\n", "Host key verification failed."),
+        ("sh: no python\n------\nPrimary job ended\nand so on\n------\n", "sh: no python"),
+        ("------\nNot enough slots\nand so on\n------\n", "Not enough slots"),
+        ("", ""),
+    ],
+)
+def test_why_a_host_is_not_reached(tmp_path, words, told):
+    (tmp_path / "words").write_text(words)
+    assert _last_line(tmp_path / "words") == told
