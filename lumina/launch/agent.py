@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import psutil
 
-from lumina import __version__
 from lumina.launch.crew import Crew
 from lumina.launch.messages import Beat, Channel, Hello
 from lumina.launch.ranks import ends_with
 from lumina.launch.transport import addresses
 
+VERSION = version("lumina-t2x")
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 10.0
 """Of silence, after which the supervisor takes a host for lost."""
@@ -58,7 +59,7 @@ def main() -> int:
     mine = [address for _, address in addresses()]
     # First the address in the network by which the supervisor was reached.
     mine.sort(key=lambda address: address != channel.here)
-    channel.send(Hello(arguments.token, os.getpid(), born, mine, __version__))
+    channel.send(Hello(arguments.token, os.getpid(), born, mine, VERSION))
     return _serve(channel)
 
 

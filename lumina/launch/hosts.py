@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from lumina import __version__
 from lumina.launch import transport
-from lumina.launch.agent import BEAT_SECONDS, CONNECT_SECONDS, LOST_SECONDS
+from lumina.launch.agent import BEAT_SECONDS, CONNECT_SECONDS, LOST_SECONDS, VERSION
 from lumina.launch.crew import Crew
 from lumina.launch.hostfile import Host
 from lumina.launch.messages import Beat, Channel, Hello, Message
@@ -224,8 +223,8 @@ class Fleet:
             return False
         for link in self._links.values():
             if link.state == "connecting" and hmac.compare_digest(link.token, first.token):
-                if first.version != __version__:
-                    link.words.write_text(f"it has Lumina {first.version}, and this host {__version__}\n")
+                if first.version != VERSION:
+                    link.words.write_text(f"it has Lumina {first.version}, and this host {VERSION}\n")
                     return False
                 link.channel, link.hello, link.state, link.since = channel, first, "there", time.monotonic()
                 return True
