@@ -74,8 +74,8 @@ class Crew:
                     yield from self.poll()
                     self._ranks, self._tails = None, {}
                 yield Over(*self._progress())
-            case Forget(run_dir):
-                _remove_logs(Path(run_dir))
+            case Forget(run_dir, attempt):
+                _remove_logs(_logs(run_dir, attempt))
             case _:
                 raise AssertionError(order)
 
@@ -175,7 +175,11 @@ def _new_folder(run_dir: Path) -> int:
             raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror or error}") from error
 
 
-def _remove_logs(run_dir: Path) -> None:
-    shutil.rmtree(run_dir / "logs", ignore_errors=True)
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
-        run_dir.rmdir()
+def _remove_logs(logs: Path) -> None:
+    """Those of one attempt, and the folders above them if nothing else is there: another run may have begun in them."""
+    shutil.rmtree(logs, ignore_errors=True)
+    for folder in (logs.parent, logs.parent.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or another host has removed it
+            return

@@ -74,9 +74,10 @@ class End(Message):
 
 @dataclass(frozen=True)
 class Forget(Message):
-    """After bad input nothing is left behind: remove the logs, which say no more than was shown."""
+    """After bad input nothing is left behind: remove an attempt's logs, which say no more than was shown."""
 
     run_dir: str
+    attempt: int
 
 
 # Events.

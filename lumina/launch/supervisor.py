@@ -89,8 +89,8 @@ class Supervisor:
         """
         with self._listening():
             try:
-                self._hosts.open()
-                return self._run()
+                self._hosts.open(lambda: bool(self._asked))
+                return DONE if self._asked else self._run()
             except _StoppedEarlyError:
                 return DONE
             finally:
@@ -122,7 +122,7 @@ class Supervisor:
             logs = attempt.prepared.logs
             if code == BAD_INPUT and fresh:
                 for host in using:
-                    self._hosts.send(host, Forget(str(self._run_dir)))
+                    self._hosts.send(host, Forget(str(self._run_dir), attempt.prepared.attempt))
             if attempt.refused is not None:
                 raise (ValueError if attempt.refused.bad_input else RuntimeError)(attempt.refused.text)
             if self._asked or (code in (DONE, BAD_INPUT) and not attempt.widening):

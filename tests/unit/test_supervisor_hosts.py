@@ -26,7 +26,7 @@ class Hosts(LocalHost):
     def there(self):
         return self._there
 
-    def open(self):
+    def open(self, stopped):
         self.opened = True
 
     def close(self):
@@ -177,3 +177,13 @@ def test_an_order_that_is_refused():
 def test_why_a_host_is_not_reached(tmp_path, words, told):
     (tmp_path / "words").write_text(words)
     assert _last_line(tmp_path / "words") == told
+
+
+def test_a_signal_while_hosts_are_connected_to():
+    """Nothing is started, and no folder made."""
+    hosts = Hosts(A, B, answer=lambda *_: [])
+    hosts.open = lambda stopped: (signal.raise_signal(signal.SIGTERM), hosts._events.append(stopped()))
+    hosts.close = lambda: None
+    assert run(hosts) == DONE
+    assert hosts._events == [True]
+    assert hosts.orders == []
