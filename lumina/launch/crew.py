@@ -61,7 +61,12 @@ class Crew:
             case Start(run_dir=run_dir, attempt=attempt, first=first):
                 self._run_dir, self._erred = Path(run_dir), False
                 logs = _logs(run_dir, attempt)
-                logs.mkdir(parents=True, exist_ok=True)  # where hosts do not share a file system
+                if order.shared and not logs.is_dir():
+                    raise ValueError(
+                        f"run.dir={run_dir} on {socket.gethostname()} is not the folder that the first host has under "
+                        "that name: name one on a file system that all hosts share, and see that it is mounted"
+                    )
+                logs.mkdir(parents=True, exist_ok=True)  # what is only measured shares no file system
                 port, self._port = self._port, None
                 self._ranks = LocalRanks(order, logs, port if first == 0 else None)
                 self._tails = {rank.number: Tail(rank.log) for rank in self._ranks.all}

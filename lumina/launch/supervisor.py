@@ -206,6 +206,7 @@ class Supervisor:
                 master_port=attempt.prepared.port,
                 slots=None if host.all_slots else list(host.slots),
                 environment=self._environment,
+                shared=len(using) > 1,
             )
             self._hosts.send(host, order)
         try:
@@ -237,7 +238,7 @@ class Supervisor:
                 break
             self._widen(attempt)
         if attempt.refused is not None:
-            return FAILED
+            return BAD_INPUT if attempt.refused.bad_input else FAILED
         if attempt.lost:
             for name, why in attempt.lost.items():
                 say(f"host {name} is lost: {why}")

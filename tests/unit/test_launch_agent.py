@@ -12,7 +12,7 @@ from lumina.launch.console import Console, say
 from lumina.launch.crew import Crew
 from lumina.launch.hostfile import Host
 from lumina.launch.hosts import Fleet
-from lumina.launch.messages import Beat, Channel, Forget, Prepare, Prepared
+from lumina.launch.messages import Beat, Channel, Forget, Prepare, Prepared, Refused, Start
 
 
 @pytest.fixture
@@ -81,6 +81,26 @@ def test_logs_of_another_attempt_are_not_forgotten(tmp_path):
     crew.handle(Forget(str(run), ours.attempt + 1))  # by another host of the same file system
     assert list(tmp_path.iterdir()) == []
     crew.close()
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    """Before a step is trained whose checkpoint could not be written."""
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def start(shared):
+        crew = Crew()
+        told = crew.handle(Start([], str(run), 0, 2, 0, 2, "a", 29_500, shared=shared))
+        crew.close()
+        return told
+
+    (refused,) = start(shared=True)
+    assert isinstance(refused, Refused)
+    assert refused.bad_input
+    assert f"run.dir={run} on {socket.gethostname()} is not the folder that the first host has" in refused.text
+    assert list(run.iterdir()) == []
+    assert start(shared=False) == []
+    assert start(shared=True) == []
 
 
 def test_connecting_is_given_up_when_asked_to(monkeypatch):
