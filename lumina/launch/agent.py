@@ -13,11 +13,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from queue import SimpleQueue
 
 import psutil
 
 from lumina.launch.crew import Crew
-from lumina.launch.messages import Beat, Channel, Hello
+from lumina.launch.messages import Beat, Channel, Hello, Message
 from lumina.launch.ranks import ends_with
 from lumina.launch.transport import addresses
 
@@ -67,13 +68,17 @@ def _serve(channel: Channel) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    crew, over = Crew(), threading.Event()
-    threading.Thread(target=_beat, args=(channel, over), daemon=True).start()
+    crew, over, lost = Crew(), threading.Event(), threading.Event()
+    orders: SimpleQueue[Message] = SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, orders, lost, over), daemon=True).start()
     try:
-        while not (stop.is_set() or _is_lost(channel)):
-            for order in channel.receive():
-                for event in crew.handle(order):
+        while not stop.is_set():
+            last = lost.is_set()  # first: what came before the end is then in `orders`
+            while not orders.empty():
+                for event in crew.handle(orders.get()):
                     channel.send(event)
+            if last:
+                break
             for event in crew.poll():
                 channel.send(event)
             time.sleep(_POLL_SECONDS)
@@ -84,12 +89,22 @@ def _serve(channel: Channel) -> int:
     return 0
 
 
-def _beat(channel: Channel, over: threading.Event) -> None:
+def _listen(channel: Channel, orders: SimpleQueue, lost: threading.Event, over: threading.Event) -> None:
     """In a thread: the other one may take long to end ranks, or wait for a disk, and is there nevertheless."""
-    while not over.wait(BEAT_SECONDS):
-        channel.send(Beat())
-        if _is_lost(channel) and not over.wait(_ENDING_SECONDS):
-            os._exit(1)  # the other thread hangs; the system ends the ranks with this process
+    beaten = 0.0
+    try:
+        while not over.wait(_POLL_SECONDS):
+            for order in channel.receive():
+                orders.put(order)
+            if _is_lost(channel):
+                break
+            if time.monotonic() - beaten >= BEAT_SECONDS:
+                beaten = time.monotonic()
+                channel.send(Beat())
+    finally:
+        lost.set()
+    if not over.wait(_ENDING_SECONDS):
+        os._exit(1)  # the other thread hangs; the system ends the ranks with this process
 
 
 def _is_lost(channel: Channel) -> bool:

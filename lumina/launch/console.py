@@ -1,5 +1,6 @@
 """What of the output of many ranks is shown: all of rank 0's, and the first error of any, once."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class Console:
     def show(self, line: str) -> None:
         """A line of rank 0's, unless something has gone wrong: the rest is in the files alone."""
         if not self.errors:
-            print(line, file=sys.stderr, flush=True)
+            _write(line)
 
     def tell_cause(self, failed: Sequence[tuple[str, Ended]]) -> None:
         """The one error from which the others follow; of a rank that wrote none, how it ended.
@@ -56,4 +57,12 @@ def tell_end(host: str, ended: Ended) -> None:
 
 def say(text: str) -> None:
     """A sentence of the supervisor's own."""
-    print(f"lumina launch: {text}", file=sys.stderr, flush=True)
+    _write(f"lumina launch: {text}")
+
+
+def _write(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        # Nobody reads it any more: the terminal is closed, or Ctrl-C has ended the `tee` it went to, while ranks save.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as this process lives

@@ -61,7 +61,12 @@ class Crew:
             case Start(run_dir=run_dir, attempt=attempt, first=first):
                 self._run_dir, self._erred = Path(run_dir), False
                 logs = _logs(run_dir, attempt)
-                logs.mkdir(parents=True, exist_ok=True)  # where hosts do not share a file system
+                if order.shared and not logs.is_dir():
+                    raise ValueError(
+                        f"run.dir={run_dir} on {socket.gethostname()} is not the folder that the first host has under "
+                        "that name: name one on a file system that all hosts share, and see that it is mounted"
+                    )
+                logs.mkdir(parents=True, exist_ok=True)  # what is only measured shares no file system
                 port, self._port = self._port, None
                 self._ranks = LocalRanks(order, logs, port if first == 0 else None)
                 self._tails = {rank.number: Tail(rank.log) for rank in self._ranks.all}
@@ -74,8 +79,8 @@ class Crew:
                     yield from self.poll()
                     self._ranks, self._tails = None, {}
                 yield Over(*self._progress())
-            case Forget(run_dir):
-                _remove_logs(Path(run_dir))
+            case Forget(run_dir, attempt):
+                _remove_logs(_logs(run_dir, attempt))
             case _:
                 raise AssertionError(order)
 
@@ -175,7 +180,11 @@ def _new_folder(run_dir: Path) -> int:
             raise ValueError(f"run.dir={run_dir} cannot be written: {error.strerror or error}") from error
 
 
-def _remove_logs(run_dir: Path) -> None:
-    shutil.rmtree(run_dir / "logs", ignore_errors=True)
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
-        run_dir.rmdir()
+def _remove_logs(logs: Path) -> None:
+    """Those of one attempt, and the folders above them if nothing else is there: another run may have begun in them."""
+    shutil.rmtree(logs, ignore_errors=True)
+    for folder in (logs.parent, logs.parent.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or another host has removed it
+            return

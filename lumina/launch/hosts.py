@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +41,7 @@ class LocalHost:
         self.all = [Host(socket.gethostname(), tuple(range(count)))]
         self._crew, self._events = Crew(), []
 
-    def open(self) -> None:
+    def open(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Nothing to connect to."""
 
     @property
@@ -97,8 +97,8 @@ class Fleet:
         self._beating = threading.Thread(target=self._beat, name="beats", daemon=True)
         self._folder = TemporaryDirectory(prefix="lumina-launch-")
 
-    def open(self) -> None:
-        """Connect to every host.
+    def open(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Connect to every host, unless `stopped()` comes true before.
 
         Raises:
             RuntimeError: naming each host that is not reached, and why.
@@ -107,10 +107,10 @@ class Fleet:
         for link in self._links.values():
             self._connect(link)
         problems: dict[str, str] = {}
-        while any(link.state == "connecting" for link in self._links.values()):
+        while not stopped() and any(link.state == "connecting" for link in self._links.values()):
             problems |= {host.name: event.why for host, event in self.poll() if isinstance(event, Lost)}
             time.sleep(0.05)
-        if problems:
+        if problems and not stopped():
             told = "; ".join(f"host {name}: {why}" for name, why in problems.items())
             raise RuntimeError(f"{told}. Look with `lumina doctor --hostfile`, or leave hosts out with --exclude")
 

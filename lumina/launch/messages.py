@@ -44,6 +44,7 @@ class Start(Message):
     first, count, world: its ranks among all.
     slots: devices that they may use, one each; None: those of the host as they are.
     environment: on top of the host's own.
+    shared: whether the run's folder must be the one in which the first host has made the attempt's.
     """
 
     arguments: list[str]
@@ -56,6 +57,7 @@ class Start(Message):
     master_port: int
     slots: list[int] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ class End(Message):
 
 @dataclass(frozen=True)
 class Forget(Message):
-    """After bad input nothing is left behind: remove the logs, which say no more than was shown."""
+    """After bad input nothing is left behind: remove an attempt's logs, which say no more than was shown."""
 
     run_dir: str
+    attempt: int
 
 
 # Events.

@@ -142,7 +142,7 @@ def _end(once: _Once, using: Sequence[Host]) -> None:
     once.living, once.failed = still, failed  # how they end when they are told to tells nothing
     once.outcome.why = why or once.outcome.why
     for host in using:
-        once.hosts.send(host, Forget(once.folder))
+        once.hosts.send(host, Forget(once.folder, once.prepared.attempt))
     for _ in range(4):  # the orders go out
         once.hosts.poll()
         time.sleep(_POLL_SECONDS)

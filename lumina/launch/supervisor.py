@@ -89,8 +89,8 @@ class Supervisor:
         """
         with self._listening():
             try:
-                self._hosts.open()
-                return self._run()
+                self._hosts.open(lambda: bool(self._asked))
+                return DONE if self._asked else self._run()
             except _StoppedEarlyError:
                 return DONE
             finally:
@@ -122,7 +122,7 @@ class Supervisor:
             logs = attempt.prepared.logs
             if code == BAD_INPUT and fresh:
                 for host in using:
-                    self._hosts.send(host, Forget(str(self._run_dir)))
+                    self._hosts.send(host, Forget(str(self._run_dir), attempt.prepared.attempt))
             if attempt.refused is not None:
                 raise (ValueError if attempt.refused.bad_input else RuntimeError)(attempt.refused.text)
             if self._asked or (code in (DONE, BAD_INPUT) and not attempt.widening):
@@ -206,6 +206,7 @@ class Supervisor:
                 master_port=attempt.prepared.port,
                 slots=None if host.all_slots else list(host.slots),
                 environment=self._environment,
+                shared=len(using) > 1,
             )
             self._hosts.send(host, order)
         try:
@@ -237,7 +238,7 @@ class Supervisor:
                 break
             self._widen(attempt)
         if attempt.refused is not None:
-            return FAILED
+            return BAD_INPUT if attempt.refused.bad_input else FAILED
         if attempt.lost:
             for name, why in attempt.lost.items():
                 say(f"host {name} is lost: {why}")

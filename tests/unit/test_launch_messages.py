@@ -35,7 +35,7 @@ MESSAGES = [
     Start([], "/r", 0, 0, 1, 1, "127.0.0.1", 1),
     Signal(15),
     End(1.5),
-    Forget("/r"),
+    Forget("/r", 3),
     Hello("ab", 7, 1700000000.25, ["10.0.0.2"], "0.1.0"),
     Prepared(2, "/r/logs/attempt_2", 40000, 812, 800, False),
     Line("loss · 1\u2028\n\\ and more"),

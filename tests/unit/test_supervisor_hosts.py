@@ -8,7 +8,7 @@ import pytest
 from lumina.config.exits import DONE, FAILED
 from lumina.launch.hostfile import Host
 from lumina.launch.hosts import LocalHost, Lost, _last_line
-from lumina.launch.messages import End, Ended, Over, Prepare, Prepared, Refused, Signal, Start
+from lumina.launch.messages import End, Ended, Forget, Over, Prepare, Prepared, Refused, Signal, Start
 from lumina.launch.supervisor import Supervisor
 
 A, B, C = (Host(name, (0, 1)) for name in "abc")
@@ -26,7 +26,7 @@ class Hosts(LocalHost):
     def there(self):
         return self._there
 
-    def open(self):
+    def open(self, stopped):
         self.opened = True
 
     def close(self):
@@ -79,6 +79,7 @@ def test_ranks_are_numbered_over_hosts():
         (3, 2, 5, None),
     ]
     assert {(start.master_address, start.master_port) for start in starts.values()} == {("address of a", 29_500)}
+    assert all(start.shared for start in starts.values())
     assert not hosts.opened
 
 
@@ -177,3 +178,25 @@ def test_an_order_that_is_refused():
 def test_why_a_host_is_not_reached(tmp_path, words, told):
     (tmp_path / "words").write_text(words)
     assert _last_line(tmp_path / "words") == told
+
+
+def test_a_signal_while_hosts_are_connected_to():
+    """Nothing is started, and no folder made."""
+    hosts = Hosts(A, B, answer=lambda *_: [])
+    hosts.open = lambda stopped: (signal.raise_signal(signal.SIGTERM), hosts._events.append(stopped()))
+    hosts.close = lambda: None
+    assert run(hosts) == DONE
+    assert hosts._events == [True]
+    assert hosts.orders == []
+
+
+def test_a_folder_that_a_host_refuses_is_left_as_it_was():
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, Prepared(0, "logs", 29_500, 0, 0, True))]
+        return [(host, Refused("not shared", bad_input=True))] if isinstance(order, Start) and host == B else []
+
+    hosts = Hosts(A, B, answer=answer)
+    with pytest.raises(ValueError, match="not shared"):
+        run(hosts)
+    assert hosts.orders[-2:] == [("a", Forget("run", 0)), ("b", Forget("run", 0))]
