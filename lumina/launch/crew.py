@@ -25,6 +25,9 @@ from lumina.launch.messages import (
 from lumina.launch.ranks import LocalRanks, held_port
 
 _ERROR = re.compile(r"lumina train: (?:rank \d+: )?")
+_NOISE = re.compile(
+    r"\[W\S* .*\[c10d\] The hostname of the client socket cannot be retrieved"
+)  # where DNS has no names
 _TAIL_BYTES = 65_536
 
 
@@ -124,13 +127,17 @@ class Tail:
         self.last = ""
 
     def lines(self) -> list[str]:
-        """Those that have been completed since the last call."""
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            added = file.read()
+        """Those that have been completed since the last call; none of a file that is gone, which ends no run."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except OSError:
+            return []
         self._offset += len(added)
         *whole, self._partial = (self._partial + added).split(b"\n")
         lines = [line.decode(errors="replace").rstrip("\r") for line in whole]
+        lines = [line for line in lines if not _NOISE.match(line)]
         self.last = next((line.strip() for line in reversed(lines) if line.strip()), self.last)
         return lines
 

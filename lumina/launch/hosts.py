@@ -54,6 +54,14 @@ class LocalHost:
     def send(self, host: Host, order: Message) -> None:
         self._events += self._crew.handle(order)
 
+    def put_off(self, host: Host, why: str) -> None:
+        """There is no other host to go on with.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(why)
+
     def poll(self) -> list[tuple[Host, Message]]:
         events, self._events = self._events + self._crew.poll(), []
         return [(self.all[0], event) for event in events]
@@ -141,6 +149,19 @@ class Fleet:
         if link.state == "there":
             link.channel.send(order)
 
+    def put_off(self, host: Host, why: str) -> None:
+        """Take a host for lost, for a while that is longer each time.
+
+        Raises:
+            RuntimeError: where it is the only one.
+        """
+        if len(self.all) == 1:
+            raise RuntimeError(f"host {host.name}: {why}")
+        link = self._links[host.name]
+        if link.state == "there":
+            link.losses += 1
+            self._lose(link, why)
+
     def poll(self) -> list[tuple[Host, Message]]:
         """What hosts have told since the last call, and which are `Lost`; tries those that are, again and again."""
         self._accept()
@@ -207,9 +228,12 @@ class Fleet:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except (BlockingIOError, ConnectionError):
+            except OSError:  # nobody knocks, or no file is left to open: the next call tries again
                 break
-            self._unknown.append((Channel(connection), time.monotonic()))
+            try:
+                self._unknown.append((Channel(connection), time.monotonic()))
+            except OSError:  # whoever it was has gone
+                connection.close()
         for entry in list(self._unknown):
             channel, since = entry
             found = channel.receive()

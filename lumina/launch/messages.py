@@ -188,7 +188,13 @@ class Channel:
     """Messages over a TCP connection, sent by any thread and received by one. Beats are counted, and not returned."""
 
     def __init__(self, connection: socket.socket):
+        """
+        Raises:
+            OSError: where the other side has ended it already.
+        """
         self._socket, self._sending = connection, threading.Lock()
+        self.peer, self.here = connection.getpeername()[0], connection.getsockname()[0]
+        """Addresses of the two ends."""
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.settimeout(0.0)
         self._partial = b""
@@ -197,15 +203,6 @@ class Channel:
         """Whether the other side, or this one, has ended it, or it failed."""
         self.heard = time.monotonic()
         """When something was last received."""
-
-    @property
-    def peer(self) -> str:
-        return self._socket.getpeername()[0]
-
-    @property
-    def here(self) -> str:
-        """The address of this end."""
-        return self._socket.getsockname()[0]
 
     def send(self, message: Message) -> None:
         """Never waits: what the other side does not take yet is sent with the next."""

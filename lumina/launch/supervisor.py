@@ -32,6 +32,7 @@ _SETTLE_SECONDS = 1.0  # in which other ranks notice, and the error that theirs 
 _GRACE_SECONDS = 1.5  # after that: without the others a rank has nothing to finish but to write its stacks
 _ANSWER_SECONDS = 60.0  # a folder on a slow file system is made in it
 _END_SECONDS = 15.0
+_RELEASE_SECONDS = 60.0  # two of them are longer than a file server keeps the locks of a client that is gone
 
 
 class _StoppedEarlyError(Exception):
@@ -46,7 +47,7 @@ class _Attempt:
     first_of: dict[Host, int]
     living: set[int] = field(default_factory=set)
     failed: list[tuple[str, Ended]] = field(default_factory=list)
-    refused: Refused | None = None
+    refused: tuple[Host, Refused] | None = None
     lost: dict[str, str] = field(default_factory=dict)
     widening: bool = False
     """Whether it was asked to end so that a host that is back takes part."""
@@ -110,6 +111,7 @@ class Supervisor:
     def _run(self) -> int:
         fruitless = restarts = 0
         using, fresh, before = self._hosts.all, None, None
+        trained, proven = False, set[Host]()  # whether the run has come to train, and hosts that did last
         while True:
             attempt = self._prepare(using)
             if attempt is None:
@@ -123,13 +125,29 @@ class Supervisor:
             if code == BAD_INPUT and fresh:
                 for host in using:
                     self._hosts.send(host, Forget(str(self._run_dir), attempt.prepared.attempt))
+            if self._asked or (code == DONE and not attempt.widening):
+                return code
+            gained = self._furthest > before or attempt.widening
+            before, newcomers = self._furthest, set(using) - proven
+            if gained:
+                trained, proven = True, {host for host in using if host.name not in attempt.lost}
+            elif proven and newcomers:
+                # It trained without them: a file system that is not mounted there, a broken device.
+                for host in newcomers:
+                    self._hosts.put_off(host, "the run did not come to train with it")
+                using = self._next_hosts(attempt)
+                say(f"without {', '.join(sorted(host.name for host in newcomers))}, {self._whence(using)}")
+                continue
             if attempt.refused is not None:
-                raise (ValueError if attempt.refused.bad_input else RuntimeError)(attempt.refused.text)
-            if self._asked or (code in (DONE, BAD_INPUT) and not attempt.widening):
+                host, refused = attempt.refused
+                if not trained:
+                    raise (ValueError if refused.bad_input else RuntimeError)(refused.text)
+                self._hosts.put_off(host, refused.text)
+                say(f"host {host.name} is left out for now: {refused.text}")
+            if code == BAD_INPUT and not trained:
                 return code
             fresh = False
-            fruitless = 0 if self._furthest > before or attempt.widening else fruitless + 1
-            before = self._furthest
+            fruitless = 0 if gained else fruitless + 1
             if fruitless >= FRUITLESS_LIMIT:
                 say(f"{fruitless} attempts in a row came no further than step {before}: not tried again; see {logs}")
                 return CRASH_LOOP
@@ -141,8 +159,17 @@ class Supervisor:
                 say(f"not tried again: --max-restarts {self._max_restarts} are used up; see {logs}")
                 return code
             restarts += 1
+            if code == BAD_INPUT:
+                # What trained before is refused now: a lock of a host that has died, say, which a file server keeps.
+                say(f"what was accepted before is refused now: waiting {_RELEASE_SECONDS:.0f} s")
+                self._rest(attempt, _RELEASE_SECONDS)
             using = self._next_hosts(attempt)
             say(f"starting again {self._whence(using)} (restart {restarts} of at most {self._max_restarts})")
+
+    def _rest(self, attempt: _Attempt, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._wait(attempt)
 
     def _whence(self, using: Sequence[Host]) -> str:
         step = f"from the checkpoint of step {self._saved}" if self._saved else "from the beginning"
@@ -186,9 +213,16 @@ class Supervisor:
                             counts = [len(one.slots) for one in using]
                             firsts = [sum(counts[:index]) for index in range(len(counts))]
                             return _Attempt(event, dict(zip(using, firsts, strict=True)))
-                        case Refused(text, bad_input):
-                            raise (ValueError if bad_input else RuntimeError)(text)
-        raise RuntimeError(f"host {using[0].name} has not made a folder in {self._run_dir} for {_ANSWER_SECONDS:.0f} s")
+                        case Refused(text, bad_input=True):
+                            raise ValueError(text)
+                        case Refused(text):
+                            self._hosts.put_off(host, text)
+                            say(f"host {host.name} is left out for now: {text}")
+                            return None
+        why = f"it has not made a folder in {self._run_dir} for {_ANSWER_SECONDS:.0f} s"
+        self._hosts.put_off(using[0], why)
+        say(f"host {using[0].name} is left out for now: {why}")
+        return None
 
     def _attempt(self, attempt: _Attempt) -> int:
         using, console = list(attempt.first_of), Console()
@@ -238,7 +272,7 @@ class Supervisor:
                 break
             self._widen(attempt)
         if attempt.refused is not None:
-            return BAD_INPUT if attempt.refused.bad_input else FAILED
+            return BAD_INPUT if attempt.refused[1].bad_input else FAILED
         if attempt.lost:
             for name, why in attempt.lost.items():
                 say(f"host {name} is lost: {why}")
@@ -262,7 +296,7 @@ class Supervisor:
                     if code:
                         attempt.failed.append((host.name, event))
                 case Refused():
-                    attempt.refused = attempt.refused or event
+                    attempt.refused = attempt.refused or (host, event)
                 case Lost(why) if host in attempt.first_of:
                     attempt.lost[host.name] = why
                 case Over(furthest, saved):
@@ -281,9 +315,11 @@ class Supervisor:
                 if isinstance(event, Over | Lost | Refused):
                     waiting.discard(host)
             time.sleep(_POLL_SECONDS)
-        if waiting:
-            names = ", ".join(sorted(host.name for host in waiting))
-            raise RuntimeError(f"the ranks on {names} have not ended for {_GRACE_SECONDS + _END_SECONDS:.0f} s")
+        for host in waiting:
+            why = f"its ranks have not ended for {_GRACE_SECONDS + _END_SECONDS:.0f} s"
+            self._hosts.put_off(host, why)
+            attempt.lost[host.name] = why
+            say(f"host {host.name} is left out for now: {why}")
 
     def _widen(self, attempt: _Attempt) -> None:
         """Ask the ranks to save and end where a run fits on more hosts than it has."""

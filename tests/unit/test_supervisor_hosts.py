@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lumina.config.exits import DONE, FAILED
+from lumina.config.exits import BAD_INPUT, CRASH_LOOP, DONE, FAILED
+from lumina.launch import supervisor
 from lumina.launch.hostfile import Host
 from lumina.launch.hosts import LocalHost, Lost, _last_line
 from lumina.launch.messages import End, Ended, Forget, Over, Prepare, Prepared, Refused, Signal, Start
@@ -20,7 +21,7 @@ class Hosts(LocalHost):
     def __init__(self, *hosts, answer):
         self.all, self._there, self._answer = list(hosts), list(hosts), answer
         self.orders, self._events = [], []
-        self.starts = []
+        self.starts, self.furthest, self.left_out = [], 0, []
 
     @property
     def there(self):
@@ -42,8 +43,13 @@ class Hosts(LocalHost):
         if isinstance(order, Start):
             self.starts[-1][host.name] = order
         if isinstance(order, End):
-            self._events.append((host, Over(0, 0)))
+            self._events.append((host, Over(self.furthest, 0)))
         self._events += self._answer(self, host, order) or []
+
+    def put_off(self, host, why):
+        self.left_out.append((host.name, why))
+        if host in self.there:
+            self.there.remove(host)
 
     def lose(self, host):
         self.there.remove(host)
@@ -200,3 +206,76 @@ def test_a_folder_that_a_host_refuses_is_left_as_it_was():
     with pytest.raises(ValueError, match="not shared"):
         run(hosts)
     assert hosts.orders[-2:] == [("a", Forget("run", 0)), ("b", Forget("run", 0))]
+
+
+@pytest.mark.parametrize("how", ["ends", "refused", "lost"])
+def test_a_host_that_returns_broken_does_not_end_the_run(capsys, how):
+    """Its ranks find no data, or it cannot start them: it is left out, and costs neither a restart nor a try."""
+
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, prepared(len(hosts.starts)))]
+        number = len(hosts.starts)
+        if isinstance(order, Start) and number == 1 and host == B:
+            hosts.furthest = 7
+            return [hosts.lose(B)]
+        if isinstance(order, Start) and number in (2, 4, 6):
+            hosts.furthest += number == 2
+            hosts.there.append(B)
+        if isinstance(order, Start) and number in (3, 5, 7) and host == B:
+            if how == "lost":
+                return [hosts.lose(B)]
+            return ends(B, order, BAD_INPUT) if how == "ends" else [(B, Refused("no such folder", bad_input=True))]
+        if isinstance(order, Start) and number == 8:
+            return ends(host, order)
+        if order == Signal(signal.SIGTERM):
+            return ends(host, hosts.starts[-1]["a"], 0)
+
+    hosts = Hosts(A, B, answer=answer)
+    assert run(hosts, restarts=1) == DONE
+    assert [list(starts) for starts in hosts.starts] == [["a", "b"], *[["a"], ["a", "b"]] * 3, ["a"]]
+    assert hosts.left_out == [("b", "the run did not come to train with it")] * 3
+    assert capsys.readouterr().err.count("lumina launch: without b, from the beginning on a") == 3
+
+
+def test_what_was_accepted_before_and_is_refused_is_tried_again(monkeypatch, capsys):
+    """As a lock that a file server keeps for a host that is gone; three times are the end nevertheless."""
+    monkeypatch.setattr(supervisor, "_RELEASE_SECONDS", 0.1)
+    refusals = 0
+
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, prepared(len(hosts.starts)))]
+        if isinstance(order, Start):
+            if len(hosts.starts) == 1:
+                hosts.furthest = 7
+                return ends(host, order, 1)
+            return ends(host, order, BAD_INPUT if len(hosts.starts) <= 1 + refusals else 0)
+
+    for refusals, code in ((0, DONE), (2, DONE), (3, CRASH_LOOP)):
+        hosts = Hosts(A, answer=answer)
+        assert run(hosts, restarts=9) == code
+        assert len(hosts.starts) == min(2 + refusals, 4)
+        assert capsys.readouterr().err.count("what was accepted before is refused now") == min(refusals, 2)
+
+
+def test_a_host_that_cannot_start_its_ranks_is_left_out(capsys):
+    """After the run has trained with it: a disk that is full, say."""
+
+    def answer(hosts, host, order):
+        if isinstance(order, Prepare):
+            return [(host, prepared(len(hosts.starts)))]
+        number = len(hosts.starts)
+        if isinstance(order, Start) and number == 1:
+            hosts.furthest = 7
+            return ends(host, order, 1)
+        if isinstance(order, Start) and number == 2 and host == B:
+            return [(B, Refused("no space left", bad_input=False))]
+        if isinstance(order, Start) and number == 3:
+            return ends(host, order)
+
+    hosts = Hosts(A, B, answer=answer)
+    assert run(hosts) == DONE
+    assert hosts.left_out == [("b", "no space left")]
+    assert [list(starts) for starts in hosts.starts] == [["a", "b"], ["a", "b"], ["a"]]
+    assert "lumina launch: host b is left out for now: no space left\n" in capsys.readouterr().err
