@@ -263,6 +263,7 @@ class Watchdog:
         if _write_stacks(folder, self._mesh.world.rank):
             data = json.dumps({"token": self._token, "written": self._mesh.world.rank}).encode()
             self._socket.sendto(data, sender)
+            time.sleep(_ANSWER_SECONDS)  # or others, which lose their connections to this rank, end before they write
         _end_now()
 
 
