@@ -202,7 +202,7 @@ def test_commands_of_the_pods(job, tmp_path, monkeypatch):
     assert (Path(program).name, verb) == ("lumina", "launch")
     read = accepted(words, monkeypatch)
     assert (str(read["hostfile"]), read["launcher"]) == ("/etc/mpi/hostfile", "ssh")
-    assert read["overrides"][0].startswith("run.dir=/work/")
+    assert read["overrides"][0].startswith("run.dir=/mnt/lumina/")
 
 
 def test_ssh_of_the_launcher_does_not_ask(job):
