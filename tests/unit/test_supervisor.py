@@ -281,6 +281,13 @@ def test_a_line_is_shown_when_it_is_whole(tmp_path):
         file.write("loss \u00b7 1".encode()[6:] + b"\r\nnext\n\nbegun")
     assert tail.lines() == ["loss · 1", "next", ""]
     assert (tail.last, tail.lines()) == ("next", [])
+    with path.open("a") as file:  # which torch says where hosts have no names
+        file.write(
+            "\n[W1123 15:00:00.1 socket.cpp:1] [c10d] The hostname of the client socket cannot be retrieved. err=-3\n"
+        )
+    assert (tail.lines(), tail.last) == (["begun"], "begun")
+    path.unlink()
+    assert tail.lines() == []
 
 
 @pytest.mark.parametrize(
