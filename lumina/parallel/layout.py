@@ -1,8 +1,12 @@
 """Which layouts can run: every rule looked at before a process group is made."""
 
+from typing import TYPE_CHECKING
+
 from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
-from lumina.parallel.mesh import Mesh
+
+if TYPE_CHECKING:  # the planner asks these rules, and starts no process group
+    from lumina.parallel.mesh import Mesh
 
 
 def check_layout(config: Config, model: FlagDiTConfig, world_size: int) -> None:
@@ -32,7 +36,7 @@ def check_layout(config: Config, model: FlagDiTConfig, world_size: int) -> None:
     accumulation_steps(config, data_size)
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: "Mesh") -> str:
     """The layout in a few words, as "8 (data 2 × ring 2 × tensor 2)"."""
     axes = {name: getattr(mesh, name).size for name in ("data", "pipeline", "ring", "ulysses", "tensor")}
     product = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1)

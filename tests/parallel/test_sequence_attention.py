@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumina.kernels import AttentionPlan, attention
 from lumina.kernels.attention_lse_backends import lse_backend
+from lumina.parallel.cuts import bounds, kv_head_counts
 from lumina.parallel.mesh import Axis
 from lumina.parallel.ring import (
     LoopbackRing,
@@ -18,10 +19,8 @@ from lumina.parallel.ring import (
     SequenceParallelCore,
     ring_backward,
     ring_forward,
-    schedule,
 )
-from lumina.parallel.sequence import bounds
-from lumina.parallel.ulysses import kv_head_counts
+from lumina.parallel.schedule import schedule
 from tests.parallel.attention_ranks import Case, allowed, errors, exact, in_process, run_layouts, through_loopback
 from tests.parallel.workers import run_ranks
 
