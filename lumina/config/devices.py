@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-GB, GIB = 10**9, 2**30
+GB, GIB = 1e9, 2**30
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Device:
     """
 
     name: str
-    memory: float
+    memory: int
     tflops: float
     tflops_fp32: float
     bandwidth: float
@@ -31,12 +31,12 @@ class Device:
 _SHEETS = (
     # NVIDIA's data sheets; NVLink's total counts both ways. Network: one 200 Gb/s port for each A100, one of 400 for
     # the others, as in NVIDIA's own DGX systems.
-    Device("a100-40g", 40 * GIB, 312, 19.5, 1.555e12, 300 * GB, 25 * GB, 25 * GB),
-    Device("a100-80g", 80 * GIB, 312, 19.5, 2.039e12, 300 * GB, 25 * GB, 25 * GB),
-    Device("h100-80g", 80 * GIB, 989, 67, 3.35e12, 450 * GB, 50 * GB, 55 * GB),
-    Device("h200-141g", 141 * GB, 989, 67, 4.8e12, 450 * GB, 50 * GB, 55 * GB),
-    Device("b200-180g", 180 * GB, 2250, 75, 7.7e12, 900 * GB, 50 * GB, 55 * GB),
-    Device("l40s-48g", 48 * GIB, 362, 91.6, 0.864e12, 32 * GB, 25 * GB, 25 * GB),
+    Device("a100-40g", 40 * GIB, 312.0, 19.5, 1.555e12, 300 * GB, 25 * GB, 25 * GB),
+    Device("a100-80g", 80 * GIB, 312.0, 19.5, 2.039e12, 300 * GB, 25 * GB, 25 * GB),
+    Device("h100-80g", 80 * GIB, 989.0, 67.0, 3.35e12, 450 * GB, 50 * GB, 55 * GB),
+    Device("h200-141g", 141 * 10**9, 989.0, 67.0, 4.8e12, 450 * GB, 50 * GB, 55 * GB),
+    Device("b200-180g", 180 * 10**9, 2250.0, 75.0, 7.7e12, 900 * GB, 50 * GB, 55 * GB),
+    Device("l40s-48g", 48 * GIB, 362.0, 91.6, 0.864e12, 32 * GB, 25 * GB, 25 * GB),
 )
 DEVICES = {sheet.name: sheet for sheet in _SHEETS}
 

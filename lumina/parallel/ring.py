@@ -70,7 +70,7 @@ def ring_forward(
     outputs are held, whatever the number of ranks.
     """
     keys = _Rotation(k, v, plan, rank, exchange)
-    for step, work in enumerate(plan.work[rank]):
+    for step, work in enumerate(plan.work(rank)):
         arrival = keys.send_on()
         if work is not None:
             held_k, held_v = keys.held
@@ -108,7 +108,7 @@ def ring_backward(
     dkv = k.new_zeros((2, *k.shape), dtype=sums)
     incoming, dkv_arrival = None, None
     keys = _Rotation(k, v, plan, rank, exchange)
-    for step, work in enumerate(plan.work[rank]):
+    for step, work in enumerate(plan.work(rank)):
         arrival = keys.send_on()
         block = None
         if work is not None:

@@ -22,17 +22,35 @@ class Work:
     meetings: Meetings  # counted from the first of these rows
 
 
-@dataclass(frozen=True, eq=False)
 class Schedule:
-    """Steps of the ring. `work[rank][step]` is None where none of the rank's samples is in the keys that it holds.
+    """Steps of a ring. At distance 0 all of a rank's tokens meet, if it has any; that work is there in any case.
 
-    At distance 0 all of a rank's tokens meet, if it has any; that work is there in any case.
+    starts: of each rank's tokens, and the end.
+    distances: ascending, the first is 0.
     """
 
-    size: int
-    starts: tuple[int, ...]  # of each rank's tokens, and the end
-    distances: tuple[int, ...]  # ascending, the first is 0
-    work: tuple[tuple[Work | None, ...], ...]
+    def __init__(self, lengths: tuple[int, ...], size: int):
+        self.size, self.starts = size, bounds(sum(lengths), size)
+        ends = [0, *accumulate(lengths)]
+        self._held: list[dict[int, tuple[int, int]]] = []  # of each rank, the rows of each sample that it has tokens of
+        ranks_of: dict[int, list[int]] = {}  # of each sample, which have tokens of it
+        for rank, (start, stop) in enumerate(pairwise(self.starts)):
+            first, last = bisect.bisect_right(ends, start) - 1, bisect.bisect_left(ends, stop)
+            spans = {i: (max(ends[i], start) - start, min(ends[i + 1], stop) - start) for i in range(first, last)}
+            self._held.append({i: span for i, span in spans.items() if span[0] < span[1]})
+            for i in self._held[-1]:
+                ranks_of.setdefault(i, []).append(rank)
+        apart = {0}.union(*(_apart(ranks) for ranks in ranks_of.values()))
+        self.distances = tuple(sorted({distance % size for distance in apart}))
+        self._work: dict[int, tuple[Work | None, ...]] = {}
+
+    def work(self, rank: int) -> tuple[Work | None, ...]:
+        """Of each step; None where none of the rank's samples is in the keys that it holds."""
+        if rank not in self._work:
+            held = self._held
+            found = [_work(held[rank], held[(rank - d) % self.size]) for d in self.distances]
+            self._work[rank] = (found[0] or Work(slice(0, 0), slice(0, 0), ()), *found[1:])
+        return self._work[rank]
 
     def rows(self, rank: int, step: int) -> int:
         """Tokens of the keys that `rank` holds at `step`."""
@@ -47,18 +65,14 @@ class Schedule:
 @functools.lru_cache(maxsize=256)
 def schedule(lengths: tuple[int, ...], size: int) -> Schedule:
     """The ring of `size` ranks over a pack of samples with these numbers of tokens."""
-    starts = bounds(sum(lengths), size)
-    ends = [0, *accumulate(lengths)]
-    held = []  # of each rank, the rows of each sample that it has tokens of
-    for start, stop in pairwise(starts):
-        first, last = bisect.bisect_right(ends, start) - 1, bisect.bisect_left(ends, stop)
-        spans = {i: (max(ends[i], start) - start, min(ends[i + 1], stop) - start) for i in range(first, last)}
-        held.append({i: span for i, span in spans.items() if span[0] < span[1]})
-    by_distance = {d: [_work(held[rank], held[(rank - d) % size]) for rank in range(size)] for d in range(size)}
-    by_distance[0] = [work or Work(slice(0, 0), slice(0, 0), ()) for work in by_distance[0]]
-    distances = tuple(d for d, work in by_distance.items() if any(work))
-    work = tuple(tuple(by_distance[d][rank] for d in distances) for rank in range(size))
-    return Schedule(size, starts, distances, work)
+    return Schedule(lengths, size)
+
+
+def _apart(ranks: list[int]) -> set[int]:
+    """How far any two of these are from each other, both ways."""
+    if ranks[-1] - ranks[0] < len(ranks):  # one after another: all but in packs of fewer tokens than ranks
+        return set(range(1 - len(ranks), len(ranks)))
+    return {a - b for a in ranks for b in ranks}
 
 
 def _work(queries: dict[int, tuple[int, int]], keys: dict[int, tuple[int, int]]) -> Work | None:

@@ -122,7 +122,7 @@ def test_every_pair_of_a_sample_meets_once():
         sample = [i for i, length in enumerate(lengths) for _ in range(length)]
         met = []
         for rank, (step, distance) in itertools.product(range(size), enumerate(plan.distances)):
-            work = plan.work[rank][step]
+            work = plan.work(rank)[step]
             if work is None:
                 continue
             q0 = starts[rank] + work.q_rows.start
@@ -135,7 +135,7 @@ def test_every_pair_of_a_sample_meets_once():
         tokens = range(sum(lengths))
         assert sorted(met) == [(q, k) for q in tokens for k in tokens if sample[q] == sample[k]]
         for step in range(1, len(plan.distances)):
-            assert any(plan.work[rank][step] for rank in range(size))
+            assert any(plan.work(rank)[step] for rank in range(size))
 
 
 def count_messages(lengths, size):

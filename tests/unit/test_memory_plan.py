@@ -110,7 +110,7 @@ def test_recomputation_and_sharing_take_less(tmp_path):
 
     whole = activations()
     assert whole > activations(parallel__recompute="selective") > activations(parallel__recompute="full")
-    assert activations(parallel__ring=2) == whole // 2
+    assert activations(parallel__ulysses=2) < 0.6 * whole
     assert whole > activations(parallel__tensor=2) > activations(parallel__tensor=2, parallel__sequence=True)
-    assert activations(parallel__tensor=2, parallel__sequence=True) == whole // 2
+    assert activations(parallel__tensor=2, parallel__sequence=True) < 0.6 * whole
     assert activations(train__packs_per_forward=1) == whole
