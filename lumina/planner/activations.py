@@ -37,7 +37,8 @@ def activations(
     # What a recomputed block holds again, while its own backward pass runs.
     again = whole - of_block
     in_blocks = len(place.blocks) * of_block
-    return Activations(in_blocks + block.around, in_blocks, again + max(0, *block.backward))
+    fullest = again + max(block.backward) - block.head
+    return Activations(in_blocks + block.around, in_blocks, max(0, fullest) + block.received_into)
 
 
 class _Block:
@@ -90,7 +91,7 @@ class _Block:
             return 0
         sizes = self.sizes
         keys = (2 + sizes.qk_norm) * sizes.kv_heads * sizes.head_dim // self.parallel.tensor
-        of_captions = self.caption_tokens * (sizes.cap_feat_dim + keys) * self.width
+        of_captions = self.caption_tokens * (sizes.cap_feat_dim * (self.width + FP32) + keys * self.width)
         return of_captions + self.query * self.width + self.tokens * self.heads * FP32
 
     @cached_property
@@ -130,13 +131,21 @@ class _Block:
         return activation, down, grads + attention - gone
 
     @property
+    def head(self) -> int:
+        """What the last layer keeps: gone by the time the last block's backward pass is at its fullest."""
+        return 2 * self.entering if self.place.blocks.stop == self.sizes.n_layers else 0
+
+    @property
     def around(self) -> int:
-        """Outside the blocks: angles, captions, patches on their way in and out."""
+        """Outside the blocks: angles, captions, patches on their way in and out, what goes from stage to stage."""
         sizes = self.sizes
-        patch = sizes.patch_size**2 * sizes.in_channels
+        patch = self.held * sizes.patch_size**2 * sizes.in_channels
         shared = self.tokens * sizes.head_dim * FP32 + self.caption_tokens * (sizes.cap_feat_dim or 0) * self.width
-        if self.place.blocks.start == 0:
-            shared += self.held * patch * (FP32 + self.width)
-        if self.place.blocks.stop == sizes.n_layers:
-            shared += 2 * self.entering + self.held * patch * 4 * FP32
+        shared += patch * (FP32 + self.width) if self.place.blocks.start == 0 else self.entering
+        shared += patch * FP32 + self.head if self.head else self.entering
         return shared
+
+    @property
+    def received_into(self) -> int:
+        """A pipeline's buffers: x, or its gradient."""
+        return self.entering if self.parallel.pipeline > 1 else 0

@@ -24,6 +24,7 @@ from lumina.planner.messages import (
 
 FP32 = 4
 WIDTH = {"fp32": FP32, "bf16": 2}  # bytes of a value
+SHAPES_BYTES = 256 * 4  # deepspeed.runtime.pipe.engine.TENSOR_META_SIZE integers
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,12 @@ class _Pass:
         values = [self.samples * self.sizes.condition_width * self.width, rows * self.sizes.dim * self.width]
         return [Message("pipeline", operation, size) for size in values for operation in (SEND, RECEIVE) if size]
 
+    def announced(self) -> list[Message]:
+        """DeepSpeed sends the shapes of what follows, where they may change."""
+        first, last = self.place.blocks.start == 0, self.place.blocks.stop == self.sizes.n_layers
+        operations = ([] if last else [SEND]) + ([] if first else [RECEIVE])
+        return [Message("pipeline", operation, SHAPES_BYTES) for operation in operations]
+
     def learned(self) -> list[int]:
         """Bytes of the replicated parameters that work on tokens outside the blocks, of this stage."""
         sizes, sizes_of = self.sizes, []
@@ -202,4 +209,5 @@ def pass_messages(sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str
     if parallel.pipeline > 1:
         ends = (place.blocks.start > 0) + (place.blocks.stop < sizes.n_layers)
         add(one.between_stages(), ends)
+        add(one.announced())
     return found
