@@ -15,6 +15,7 @@ from lumina.cli_convert import add_convert
 from lumina.cli_data import add_data
 from lumina.cli_doctor import add_doctor
 from lumina.cli_launch import add_launch
+from lumina.cli_plan import add_plan
 from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
 from lumina.config.exits import DONE as EXIT_DONE
 from lumina.config.exits import FAILED as EXIT_FAILED
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_data(verbs, _Parser)
     add_benchmark(verbs, _Parser)
+    add_plan(verbs)
     add_doctor(verbs)
     return parser
 

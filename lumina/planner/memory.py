@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from lumina.config.deepspeed import REDUCE_BUCKET
-from lumina.config.schema import Config
+from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.parallel.cuts import ON_FIRST_STAGE, cut, kind_of, stage_costs
@@ -172,12 +172,8 @@ def _of_stage(
     ema = FP32 * min(share, total)  # without the padding, all of which is the last rank's
     bucket = min(REDUCE_BUCKET, total) * FP32 if zero in (2, 3) else 0
     gathered = min(_GATHERED, total) * width if zero == 3 else 0
-    data = shards // (parallel.ring * parallel.ulysses)
-    passes = max(1, config.train.global_batch_packs // (data * config.train.packs_per_forward))
-    under_way = min(passes, parallel.pipeline - number)  # 1F1B: the first stage is ahead of the last
-    of_pass = activations(sizes, parallel, config.precision, load, Place(stage.blocks, number))
-    waiting = of_pass.in_blocks * under_way if parallel.offload_activations else 0
-    on_host = waiting
+    under_way = activations_under_way(config, sizes, world, load, Place(stage.blocks, number))
+    on_host = under_way.on_host
     if parallel.offload_optimizer:
         on_host += masters + moments + ema + FP32 * share
     return MemoryPlan(
@@ -189,10 +185,43 @@ def _of_stage(
         moments=moments,
         ema=ema,
         buffers=bucket + gathered,
-        activations=of_pass.kept * under_way + of_pass.working,
+        activations=under_way.bytes,
         on_host=on_host,
         loading=FP32 * whole,
     )
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """Bytes of activations at a rank's fullest moment, and of these what waits on the host."""
+
+    bytes: int
+    on_host: int
+
+    @property
+    def on_device(self) -> int:
+        return self.bytes - self.on_host
+
+
+def activations_under_way(config: Config, sizes: FlagDiTConfig, world: int, load: Load, place: Place) -> UnderWay:
+    """Of as many passes as are ahead of their backward passes: 1F1B, in which the first stage is ahead of the last."""
+    parallel = config.parallel
+    data = world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses)
+    passes = max(1, config.train.global_batch_packs // (data * config.train.packs_per_forward))
+    count = min(passes, parallel.pipeline - place.pipeline)
+    one = activations(sizes, parallel, config.precision, load, place)
+    waiting = one.in_blocks * count if parallel.offload_activations else 0
+    return UnderWay(one.kept * count + one.working, waiting)
+
+
+def place_of(parallel: ParallelConfig, sizes: FlagDiTConfig, world: int, rank: int) -> Place:
+    """Of a world rank, in the order of `parallel.mesh`."""
+    stage, inner = divmod(rank, world // parallel.pipeline)
+    tensor = inner % parallel.tensor
+    ulysses = inner // parallel.tensor % parallel.ulysses
+    ring = inner // (parallel.tensor * parallel.ulysses) % parallel.ring
+    blocks = stage_parameters(sizes, parallel.tensor, parallel.pipeline)[stage].blocks
+    return Place(blocks, stage, ring, ulysses, tensor)
 
 
 def _sharded(counts: tuple[tuple[int, int], ...], shards: int) -> int:

@@ -1,6 +1,6 @@
 """Every layout of so many devices: what of it fits, and which is the fastest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ from lumina.planner.cost import (
 from lumina.planner.memory import MemoryPlan, largest, plan_memory, stage_parameters
 from lumina.planner.traffic import Load, Place
 
+_AXES = ("tensor", "pipeline", "ring", "ulysses")
 RESERVED = 2 * 2**30
 """Bytes of a device that are not ours to plan with: CUDA's context, NCCL's buffers, cuBLAS's workspace."""
 FRAGMENTED = 0.05
@@ -30,8 +31,11 @@ FRAGMENTED = 0.05
 class Work:
     """What is to be trained, on what.
 
-    load: of a pack. packs: in a step, over all devices.
+    load: of a pack.
+    packs: in a step, over all devices.
     memory: bytes of a device that a plan may use; `usable` gives them.
+    host_memory: bytes of its host's memory that each device may use.
+    fixed: names of settings of the configuration's section `parallel` that every layout has.
     """
 
     config: Config
@@ -40,7 +44,20 @@ class Work:
     packs: int
     world: int
     memory: float
+    host_memory: float
     speeds: Speeds
+    fixed: frozenset[str] = frozenset()
+
+    def holds(self, plan: MemoryPlan) -> bool:
+        """Whether a device and its share of the host have room for it."""
+        if self.speeds.cores is not None:  # it is the same memory
+            return max(plan.on_device, plan.loading) <= self.memory
+        return plan.on_device <= self.memory and max(plan.on_host, plan.loading) <= self.host_memory
+
+    def allows(self, parallel: ParallelConfig, names: Iterable[str] | None = None) -> bool:
+        """Whether a layout has what is fixed, of all settings or of these."""
+        looked_at = self.fixed if names is None else self.fixed.intersection(names)
+        return all(getattr(parallel, name) == getattr(self.config.parallel, name) for name in looked_at)
 
 
 @dataclass(frozen=True)
@@ -76,12 +93,16 @@ def search(work: Work) -> tuple[list[Candidate], list[Refused]]:
     found: list[Candidate] = []
     refused: list[Refused] = []
     for axes in axes_of(work.world, work.sizes.n_layers):
+        if not all(
+            getattr(work.config.parallel, n) == size for n, size in zip(_AXES, axes, strict=True) if n in work.fixed
+        ):
+            continue
         try:
             _check(work, _with(work.config, axes))
         except ValueError as error:
             refused.append(Refused(axes, str(error)))
             continue
-        found += [one for parallel in variants(work.config, axes) if (one := candidate(work, parallel)) is not None]
+        found += [candidate(work, parallel) for parallel in variants(work, axes)]
     found.sort(key=lambda one: (not one.fits, one.time.total if one.fits else one.memory.on_device))
     return found, refused
 
@@ -107,15 +128,22 @@ def axes_of(world: int, layers: int) -> Iterator[tuple[int, int, int, int]]:
                         yield tensor, pipeline, ring, ulysses
 
 
-def variants(config: Config, axes: tuple[int, int, int, int]) -> Iterator[ParallelConfig]:
-    """All else that a layout leaves open."""
+def variants(work: Work, axes: tuple[int, int, int, int]) -> Iterator[ParallelConfig]:
+    """All else that a layout leaves open, but what is fixed."""
+    return filter(work.allows, _variants(work.config, axes, offload=work.speeds.cores is None))
+
+
+def _variants(config: Config, axes: tuple[int, int, int, int], *, offload: bool) -> Iterator[ParallelConfig]:
+    """`offload`: whether a host has memory beside that of its devices."""
     first = _with(config, axes)
     for sequence in (False, True) if axes[0] > 1 else (False,):
         for zero in (0, 1, 2, 3):
             if (zero == 0 and config.precision == "bf16") or (zero > 1 and axes[1] > 1):
                 continue
             for recompute, offloads in (("none", False), ("selective", False), ("full", False), ("full", True)):
-                for offload_optimizer in (False, True) if zero else (False,):
+                if offloads and not offload:
+                    continue
+                for offload_optimizer in (False, True) if zero and offload else (False,):
                     yield first.model_copy(
                         update={
                             "sequence": sequence,
@@ -127,12 +155,32 @@ def variants(config: Config, axes: tuple[int, int, int, int]) -> Iterator[Parall
                     )
 
 
-def candidate(work: Work, parallel: ParallelConfig) -> Candidate | None:
+def candidate(work: Work, parallel: ParallelConfig) -> Candidate:
     """A layout's memory and time."""
+    memory = memory_of(work, parallel)
+    return Candidate(parallel, memory, time_of(work, parallel), work.holds(memory))
+
+
+def memory_of(work: Work, parallel: ParallelConfig) -> MemoryPlan:
+    """Of the fullest stage."""
     config = work.config.model_copy(update={"parallel": parallel})
-    memory = largest(plan_memory(config, work.sizes, work.world, work.load))
-    fits = memory.on_device <= work.memory
-    return Candidate(parallel, memory, time_of(work, parallel), fits)
+    return largest(plan_memory(config, work.sizes, work.world, work.load))
+
+
+def smallest(work: Work) -> tuple[ParallelConfig, MemoryPlan] | None:
+    """The layout that takes least of a device, of those that fit if any does; None where none can run."""
+    found: list[tuple[bool, int, ParallelConfig, MemoryPlan]] = []
+    for axes in axes_of(work.world, work.sizes.n_layers):
+        if not work.allows(_with(work.config, axes), _AXES):
+            continue
+        try:
+            _check(work, _with(work.config, axes))
+        except ValueError:
+            continue
+        for parallel in variants(work, axes):
+            memory = memory_of(work, parallel)
+            found.append((not work.holds(memory), memory.on_device, parallel, memory))
+    return min(found, key=lambda one: one[:2])[2:] if found else None
 
 
 def time_of(work: Work, parallel: ParallelConfig) -> StepTime:
@@ -180,8 +228,7 @@ def _part(
 
 
 def _with(config: Config, axes: tuple[int, int, int, int]) -> ParallelConfig:
-    names = ("tensor", "pipeline", "ring", "ulysses")
-    return config.parallel.model_copy(update=dict(zip(names, axes, strict=True)) | {"sequence": False})
+    return config.parallel.model_copy(update=dict(zip(_AXES, axes, strict=True)) | {"sequence": False})
 
 
 def _check(work: Work, parallel: ParallelConfig) -> None:
