@@ -55,8 +55,8 @@ def _to_rows(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N+1,) int32."""
+def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N+1,) int32. Who works on fake tensors clears the cache before and after: real ones do not go with them."""
     return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
 
 
@@ -67,7 +67,7 @@ class _Packed(LseBackend):
 
     @staticmethod
     def _lengths(part: Part, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        cu_q, cu_k = _offsets(part.q_lengths, device), _offsets(part.k_lengths, device)
+        cu_q, cu_k = offsets(part.q_lengths, device), offsets(part.k_lengths, device)
         return cu_q, cu_k, max(part.q_lengths), max(part.k_lengths)
 
     def usable(self, q_qhe):
@@ -78,7 +78,8 @@ class _Packed(LseBackend):
 
 @functools.cache
 def _since_ampere(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Without CUDA the device is only thought of, by fake tensors: an A100.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Reference(_Batched):
@@ -222,6 +223,8 @@ class _Cudnn(_Flash):
 @functools.cache
 def _cudnn_takes(head_dim: int, dtype: torch.dtype, device: torch.device, settings: tuple[bool, bool]) -> bool:
     # `settings` may change the answer.
+    if not torch.cuda.is_available():
+        return False
     x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
     params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
     return torch.backends.cuda.can_use_cudnn_attention(params)
@@ -281,6 +284,7 @@ class _FlashAttn3(_Packed):
         return (
             super().usable(q_qhe)
             and optional.flash_attn_3() is not None
+            and torch.cuda.is_available()
             and torch.cuda.get_device_capability(q_qhe.device)[0] == 9
         )
 

@@ -7,12 +7,14 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from lumina.config.schema import ParallelConfig
 from lumina.kernels import attention
 from lumina.kernels.attention_lse_backends import lse_backend
 from lumina.model.attention import AttentionInputs
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.tokens import Captions
-from lumina.parallel.cuts import ON_FIRST_STAGE
+from lumina.parallel.cuts import ON_FIRST_STAGE, cut, stage_costs
+from lumina.parallel.fragments import Part
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.recompute import run_block
 from lumina.parallel.ring import SequenceParallelCore
@@ -85,3 +87,14 @@ class Stage(nn.Module):
     def _captions(self, conditions: Conditions) -> Captions | None:
         dtype = next(self.model.parameters()).dtype
         return None if conditions.captions is None else conditions.captions.to(dtype=dtype)
+
+
+def stage_of(model: FlagDiT, parallel: ParallelConfig, mesh: Mesh) -> tuple[Stage, dict[str, Part]]:
+    """What this rank has of `model`, which is taken over; and of each cut parameter, by its public name, which part."""
+    parts: dict[str, Part] = {}
+    blocks = cut(stage_costs(model), mesh.pipeline.size)[mesh.pipeline.rank]
+    if mesh.tensor.size > 1:
+        from lumina.parallel.tensor import parallelize_tensor  # Megatron-core takes seconds to import
+
+        parts = parallelize_tensor(model, mesh)
+    return Stage(model, blocks, mesh, recompute=parallel.recompute, offload=parallel.offload_activations), parts
