@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import optional
 from .attention_lse import LseBackend, Part, sum_dtype
-from .dispatch import REFERENCE_FORCED
+from .dispatch import REFERENCE_FORCED, gpu_is_assumed, on_gpu
 
 _HALF = (torch.bfloat16, torch.float16)
 # cuDNN builds a graph for each new pair of lengths, which takes 0.04 to 0.4 s: only long blocks make up for it. (Where
@@ -73,13 +73,12 @@ class _Packed(LseBackend):
     def usable(self, q_qhe):
         head_dim = q_qhe.shape[-1]
         fits = q_qhe.dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256
-        return q_qhe.is_cuda and fits and _since_ampere(q_qhe.device)
+        return on_gpu(q_qhe) and fits and (gpu_is_assumed() or _since_ampere(q_qhe.device))
 
 
 @functools.cache
 def _since_ampere(device: torch.device) -> bool:
-    # Without CUDA the device is only thought of, by fake tensors: an A100.
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Reference(_Batched):
@@ -110,7 +109,7 @@ class _CpuFlash(_Batched):
     name = "cpu_flash"
 
     def usable(self, q_qhe):
-        return q_qhe.device.type == "cpu" and q_qhe.dtype in (*_HALF, torch.float32, torch.float64)
+        return q_qhe.device.type == "cpu" and not on_gpu(q_qhe) and q_qhe.dtype in (*_HALF, torch.float32, torch.float64)
 
     def _forward_batch(self, q_bhme, k_bhne, v_bhne):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_bhme, k_bhne, v_bhne)
@@ -129,7 +128,7 @@ class _Efficient(_Batched):
 
     def usable(self, q_qhe):
         multiple = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}.get(q_qhe.dtype)
-        return q_qhe.is_cuda and multiple is not None and q_qhe.shape[-1] % multiple == 0
+        return on_gpu(q_qhe) and multiple is not None and q_qhe.shape[-1] % multiple == 0
 
     def _forward_batch(self, q_bhme, k_bhne, v_bhne):
         out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(q_bhme, k_bhne, v_bhne, None, True)
@@ -179,6 +178,8 @@ class _Cudnn(_Flash):
     name = "cudnn"
 
     def usable(self, q_qhe):
+        if gpu_is_assumed():  # cuDNN itself says what it takes
+            return False
         settings = (torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
         return super().usable(q_qhe) and _cudnn_takes(q_qhe.shape[-1], q_qhe.dtype, q_qhe.device, settings)
 
@@ -223,8 +224,6 @@ class _Cudnn(_Flash):
 @functools.cache
 def _cudnn_takes(head_dim: int, dtype: torch.dtype, device: torch.device, settings: tuple[bool, bool]) -> bool:
     # `settings` may change the answer.
-    if not torch.cuda.is_available():
-        return False
     x = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
     params = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
     return torch.backends.cuda.can_use_cudnn_attention(params)
@@ -236,7 +235,7 @@ class _FlashAttn(_Packed):
     name = "flash_attn"
 
     def usable(self, q_qhe):
-        return super().usable(q_qhe) and _flash_attn_2() is not None
+        return super().usable(q_qhe) and not gpu_is_assumed() and _flash_attn_2() is not None
 
     def _forward(self, q, k, v, part):
         out, lse, *_ = _flash_attn_2()._wrapped_flash_attn_varlen_forward(
@@ -283,8 +282,8 @@ class _FlashAttn3(_Packed):
     def usable(self, q_qhe):
         return (
             super().usable(q_qhe)
+            and not gpu_is_assumed()
             and optional.flash_attn_3() is not None
-            and torch.cuda.is_available()
             and torch.cuda.get_device_capability(q_qhe.device)[0] == 9
         )
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-_CUDA_BLOCK = 512  # bytes, of which torch's allocator gives out multiples
+CUDA_UNIT = 512
+"""Bytes, of which torch's allocator for CUDA gives out multiples."""
 
 
 class Block(NamedTuple):
@@ -21,24 +22,24 @@ class Block(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """While the mode is on, counts storages of a kind of device ("cpu" or "cuda") from the operation that makes them to
-    their end; those made before count from when an operation returns them.
+    """While the mode is on, counts storages on the CPU from the operation that makes them to their end; those made
+    before count from when an operation returns them.
 
     live, peak: bytes, now and at most since `peak` was last set. What an operation takes and gives back within itself
     is not seen.
     """
 
-    def __init__(self, device_type: str):
+    def __init__(self, unit: int = 1):
+        """`unit`: bytes of which an allocator gives out multiples."""
         super().__init__()
-        self._device_type = device_type
-        self._unit = _CUDA_BLOCK if device_type == "cuda" else 1
+        self._unit = unit
         self.blocks: dict[int, Block] = {}
         self.live, self.peak = 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **kwargs or {})
         for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.device.type == self._device_type:
+            if isinstance(value, Tensor) and value.device.type == "cpu":
                 self._note(value, str(function))
         return result
 

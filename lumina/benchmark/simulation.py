@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from lumina.benchmark import record
-from lumina.benchmark.guardless import GuardlessIndexing
-from lumina.benchmark.live_bytes import LiveBytes
+from lumina.benchmark.live_bytes import CUDA_UNIT, LiveBytes
 from lumina.benchmark.recorded_messages import nbytes, recorded_messages
 from lumina.config.schema import Config
 from lumina.flow.loss import Objective
 from lumina.kernels import AttentionPlan
 from lumina.kernels.attention_lse_backends import offsets
+from lumina.kernels.dispatch import gpu_assumed
 from lumina.model.config import FlagDiTConfig
 from lumina.model.tokens import Captions, Layout, Shape, layout_of
 from lumina.parallel.layout import accumulation_steps, check_layout
@@ -93,17 +94,20 @@ def simulate(
             f"{len(shapes)} samples and {len(text_tokens)} captions are no pack of a {kind}-conditional model: it takes "
             f"at least one sample, and {'a caption of each' if sizes.text_conditional else 'no captions'}"
         )
-    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     at_once = config.train.packs_per_forward
-    layout = layout_of(list(shapes) * at_once, sizes.patch_size, sizes.text_conditional, "cpu")
+    host = torch.device("cpu")
+    layout = layout_of(list(shapes) * at_once, sizes.patch_size, sizes.text_conditional, host)
+    kernels, unit = (gpu_assumed(), CUDA_UNIT) if device == "cuda" else (nullcontext(), 1)
     offsets.cache_clear()
     try:
-        with simulated_mesh(config.parallel, world, rank, place) as mesh:
+        with simulated_mesh(config.parallel, world, rank, host) as mesh, kernels:
             stretch = stretch_of(layout, mesh)  # by values: of real tensors
-            brackets = GuardlessIndexing() if device == "cuda" and not torch.backends.cuda.is_built() else nullcontext()
-            with FakeTensorMode(), LiveBytes(device) as live, brackets:
-                pack = _pack(layout, stretch, tuple(text_tokens) * at_once, sizes, place)
-                return MicroBatches(config, sizes, mesh, pack, live).run()
+            with FakeTensorMode(), LiveBytes(unit) as live:
+                pack = _pack(layout, stretch, tuple(text_tokens) * at_once, sizes, host)
+                batches = MicroBatches(config, sizes, mesh, pack, live)
+                if device == "cuda":
+                    batches.stage.wait_on_host = _Elsewhere
+                return batches.run()
     finally:
         offsets.cache_clear()
 
@@ -170,21 +174,21 @@ class MicroBatches:
                 values = torch.zeros(shape.shape, dtype=dtype, device=mesh.device)
                 setattr(module, name, nn.Parameter(values, shape.requires_grad))
         with mesh.device:
-            self._stage, _ = stage_of(model, config.parallel, mesh)
-        self._staged = PipelineStage(self._stage, mesh.activity) if mesh.pipeline.size > 1 else None
-        for parameter in self._stage.parameters():
+            self.stage, _ = stage_of(model, config.parallel, mesh)
+        self.staged = PipelineStage(self.stage, mesh.activity) if mesh.pipeline.size > 1 else None
+        for parameter in self.stage.parameters():
             if parameter.requires_grad:  # the engine takes it for its sums
                 parameter.register_post_accumulate_grad_hook(_let_go)
         steps = accumulation_steps(config, mesh.data.size)
         self._under_way = min(steps, mesh.pipeline.size - mesh.pipeline.rank)
-        between = ((len(pack.t), sizes.condition_width), (len(pack.data), sizes.dim)) if self._staged else ()
+        between = ((len(pack.t), sizes.condition_width), (len(pack.data), sizes.dim)) if self.staged else ()
         self._between = [torch.Size(shape) for shape in between]
         self._dtype = dtype
 
     def run(self) -> Simulated:
         """So many passes forward as are ahead of the first backward (one forward, one backward), and that one."""
         mesh, live = self.mesh, self.live
-        weights = sum(nbytes(parameter) for parameter in self._stage.parameters())
+        weights = sum(nbytes(parameter) for parameter in self.stage.parameters())
         gc.collect()
         base, live.peak = live.live, live.live
         # What DeepSpeed receives into: c and x, then their gradients.
@@ -201,19 +205,19 @@ class MicroBatches:
         return Simulated(mesh.world.rank, mesh.pipeline.rank, tokens, weights, kept, live.peak - base, messages)
 
     def _forward(self, buffers: list[Tensor]) -> "_Waiting":
-        if self._staged is None:
-            return _Waiting((), (self._loss(self._stage(self._noised(self.pack), self.pack)),))
+        if self.staged is None:
+            return _Waiting((), (self._loss(self.stage(self._noised(self.pack), self.pack)),))
         received: tuple[Tensor, ...] = ()
         given = torch.zeros((), device=self.mesh.device)
-        if not self._stage.has_first:
+        if not self.stage.has_first:
             received = tuple(buffer.clone().requires_grad_() for buffer in buffers)
             given = tuple(tensor.clone() for tensor in received)  # DeepSpeed's, too
-        self._staged.load([self.pack], self._noised)
-        outputs = self._staged(given)
-        return _Waiting(received, (self._loss(outputs),) if self._stage.has_last else outputs)
+        self.staged.load([self.pack], self._noised)
+        outputs = self.staged(given)
+        return _Waiting(received, (self._loss(outputs),) if self.stage.has_last else outputs)
 
     def _backward(self, waiting: "_Waiting", buffers: list[Tensor]) -> None:
-        if self._stage.has_last:
+        if self.stage.has_last:
             waiting.outputs[0].backward()
             return
         last = len(buffers) - 1
@@ -233,7 +237,7 @@ class MicroBatches:
         """Activations, with their shapes before them, on to the next stage, and gradients back."""
         messages = Messages()
         sizes = [nbytes(buffer) for buffer in buffers]
-        for there, on, back in ((not self._stage.has_last, SEND, RECEIVE), (not self._stage.has_first, RECEIVE, SEND)):
+        for there, on, back in ((not self.stage.has_last, SEND, RECEIVE), (not self.stage.has_first, RECEIVE, SEND)):
             if there:
                 messages.update(Message("pipeline", on, size) for size in (_SHAPE_MESSAGE, *sizes))
                 messages.update(Message("pipeline", back, size) for size in sizes)
@@ -251,3 +255,16 @@ class _Waiting:
 
 def _let_go(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+class _Elsewhere(saved_tensors_hooks):
+    """`save_on_cpu` where all tensors are on the CPU: what waits is on a third device, which is not counted."""
+
+    def __init__(self, pin_memory: bool):
+        def away(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor, device="meta")
+
+        def back(waiting: Tensor) -> Tensor:
+            return torch.empty_like(waiting, device="cpu")
+
+        super().__init__(away, back)

@@ -6,6 +6,7 @@ Shape suffixes: t token of this rank, n sample, w condition width, d model dim, 
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from lumina.config.schema import ParallelConfig
 from lumina.kernels import attention
@@ -39,6 +40,7 @@ class Stage(nn.Module):
         super().__init__()
         self.config = model.config
         self.recompute, self.offload = recompute, offload
+        self.wait_on_host = save_on_cpu
         self.has_first, self.has_last = blocks.start == 0, blocks.stop == len(model.layers)
         # Under their own numbers, so that parameters keep their public names.
         model.layers = nn.ModuleDict({str(i): model.layers[i] for i in blocks})
@@ -77,7 +79,8 @@ class Stage(nn.Module):
         stretch = conditions.stretch
         inputs: AttentionInputs = self.model.attention_inputs(stretch.attending, self._captions(conditions))
         for block in self.model.layers.values():
-            x_td = run_block(block, x_td, c_nw, stretch.tokens.sample_id_t, inputs, self.recompute, self.offload)
+            settings = (self.recompute, self.offload, self.wait_on_host)
+            x_td = run_block(block, x_td, c_nw, stretch.tokens.sample_id_t, inputs, *settings)
         return x_td
 
     def head(self, c_nw: Tensor, x_td: Tensor, conditions: Conditions) -> Tensor:
