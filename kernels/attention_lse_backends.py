@@ -109,7 +109,9 @@ class _CpuFlash(_Batched):
     name = "cpu_flash"
 
     def usable(self, q_qhe):
-        return q_qhe.device.type == "cpu" and not on_gpu(q_qhe) and q_qhe.dtype in (*_HALF, torch.float32, torch.float64)
+        return (
+            q_qhe.device.type == "cpu" and not on_gpu(q_qhe) and q_qhe.dtype in (*_HALF, torch.float32, torch.float64)
+        )
 
     def _forward_batch(self, q_bhme, k_bhne, v_bhne):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_bhme, k_bhne, v_bhne)

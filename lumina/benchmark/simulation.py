@@ -258,13 +258,14 @@ def _let_go(parameter: Tensor) -> None:
 
 
 class _Elsewhere(saved_tensors_hooks):
-    """`save_on_cpu` where all tensors are on the CPU: what waits is on a third device, which is not counted."""
+    """`save_on_cpu` where all tensors are on the CPU: of what waits, nothing is there that would be counted."""
 
     def __init__(self, pin_memory: bool):
-        def away(tensor: Tensor) -> Tensor:
-            return torch.empty_like(tensor, device="meta")
+        def away(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+            return tensor.shape, tensor.dtype
 
-        def back(waiting: Tensor) -> Tensor:
-            return torch.empty_like(waiting, device="cpu")
+        def back(waiting: tuple[torch.Size, torch.dtype]) -> Tensor:
+            shape, dtype = waiting
+            return torch.empty(shape, dtype=dtype)
 
         super().__init__(away, back)
