@@ -6,6 +6,7 @@ simulated is what the engine keeps beside it: optimizer state, gradient sums, Ze
 """
 
 import gc
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -87,12 +88,11 @@ def simulate(
     check_layout(config, sizes, world)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"a simulation is of a device cpu or cuda, not {device}")
-    wanted = len(shapes) if sizes.text_conditional else 0
-    if not shapes or len(text_tokens) != wanted:
-        kind = "text" if sizes.text_conditional else "label"
+    if not shapes or len(text_tokens) != (len(shapes) if sizes.text_conditional else 0):
+        kind, takes = ("text", "a caption of each") if sizes.text_conditional else ("label", "no captions")
         raise ValueError(
-            f"{len(shapes)} samples and {len(text_tokens)} captions are no pack of a {kind}-conditional model: it takes "
-            f"at least one sample, and {'a caption of each' if sizes.text_conditional else 'no captions'}"
+            f"{len(shapes)} samples and {len(text_tokens)} captions are no pack of a {kind}-conditional model: "
+            f"it takes at least one sample, and {takes}"
         )
     at_once = config.train.packs_per_forward
     host = torch.device("cpu")
@@ -102,7 +102,9 @@ def simulate(
     try:
         with simulated_mesh(config.parallel, world, rank, host) as mesh, kernels:
             stretch = stretch_of(layout, mesh)  # by values: of real tensors
-            with FakeTensorMode(), LiveBytes(unit) as live:
+            with FakeTensorMode(), LiveBytes(unit) as live, warnings.catch_warnings():
+                # torch's new names for collectives that it still has by the old ones: nothing a user can act on.
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
                 pack = _pack(layout, stretch, tuple(text_tokens) * at_once, sizes, host)
                 batches = MicroBatches(config, sizes, mesh, pack, live)
                 if device == "cuda":

@@ -1,64 +1,35 @@
-"""What a simulated rank holds and sends, against real ranks, the engine, torch's profiler, Megatron and formulas."""
+"""What a simulated rank holds and sends, against real ranks over gloo and DeepSpeed's pipeline."""
 
-import gc
 import os
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
 
-from lumina.benchmark.live_bytes import CUDA_UNIT, LiveBytes
+from lumina.benchmark.live_bytes import LiveBytes
 from lumina.benchmark.recorded_messages import recorded_messages
-from lumina.benchmark.simulation import MicroBatches, Simulated, described, simulate
-from lumina.config.load import with_overrides
-from lumina.config.schema import Config, ParallelConfig
+from lumina.benchmark.simulation import MicroBatches, Simulated
+from lumina.config.schema import Config
+from lumina.model import tokens
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
-from lumina.model import tokens
-from lumina.model.tokens import Captions, layout_of
+from lumina.model.tokens import Captions
 from lumina.parallel.layout import accumulation_steps
-from lumina.parallel.mesh import Mesh, World, close_mesh, open_mesh
-from lumina.planner.messages import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    ALL_TO_ALL,
-    RECEIVE,
-    REDUCE_SCATTER,
-    SEND,
-    Message,
-    Messages,
-)
-from tests.parallel.test_traffic import DIM, FP32, KV, ring, ring_of_ulysses, tensor, ulysses
+from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
+from lumina.planner.messages import Messages
+from tests.parallel.simulations import CAPTIONS, LABEL, ONE, SHAPES, TEXT, TWO, config_of, simulated
 from tests.parallel.workers import free_port, run_ranks
 
-TEXT = {"dim": 64, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "in_channels": 4, "cap_feat_dim": 32}
-LABEL = {name: value for name, value in TEXT.items() if name != "cap_feat_dim"} | {"num_classes": 3}
-SHAPES, CAPTIONS = [(1, 4, 10, 12), (1, 4, 6, 10)], [5, 3]  # 35 and 18 tokens with text: no even stretches
-
-
-def config_of(model: dict, layout: dict, precision: str = "fp32", packs: int = 8) -> Config:
-    tree = {
-        "run": {"dir": "none"},
-        "model": model,
-        "vae": {"model": "none"},
-        "data": {"shards": ["none"]},
-        "train": {"steps": 1, "global_batch_packs": packs},
-        "precision": precision,
-        "parallel": {"zero_stage": 0 if precision == "fp32" else 1} | layout,
-    }
-    return with_overrides(tree, [], "test")
-
-
-def simulated(config: Config, world: int, rank: int, device: str = "cpu") -> Simulated:
-    sizes = FlagDiTConfig.from_dict(config.model)
-    captions = CAPTIONS if sizes.text_conditional else []
-    return simulate(config, sizes, world, rank, SHAPES, captions, device=device)
-
-
-# Against real ranks
+WORLD = 4
+CASES = [
+    (TEXT | ONE, {"tensor": 2}, "bf16"),
+    (TEXT | TWO, {"tensor": 2, "sequence": True, "ring": 2}, "fp32"),
+    (TEXT | ONE, {"ring": 4}, "fp32"),
+    (TEXT | ONE, {"ulysses": 4, "recompute": "full"}, "fp32"),
+    (LABEL | ONE, {"ring": 2, "ulysses": 2, "recompute": "selective"}, "bf16"),
+    (TEXT | TWO, {"pipeline": 2, "tensor": 2, "sequence": True}, "fp32"),
+]
 
 
 def real_pack(config: Config, mesh: Mesh):
@@ -115,21 +86,7 @@ def sent_by_the_engine(config: Config, mesh: Mesh) -> Messages:
     return messages
 
 
-WORLD = 4
-ONE, TWO = {"n_layers": 1}, {"n_layers": 2}
-CASES = [
-    (TEXT | ONE, {"tensor": 2}, "bf16"),
-    (TEXT | ONE, {"ring": 2, "recompute": "selective"}, "bf16"),
-    (LABEL | ONE, {"ulysses": 2}, "fp32"),
-    (TEXT | TWO, {"tensor": 4, "sequence": True}, "fp32"),
-    (TEXT | ONE, {"ring": 4}, "fp32"),
-    (TEXT | ONE, {"ulysses": 4, "recompute": "full"}, "fp32"),
-    (LABEL | ONE, {"ring": 2, "ulysses": 2, "recompute": "selective"}, "fp32"),
-    (LABEL | ONE, {"tensor": 2, "sequence": True, "ring": 2, "recompute": "full"}, "bf16"),
-    (TEXT | TWO, {"pipeline": 2, "tensor": 2, "sequence": True}, "fp32"),
-]
-
-
+@pytest.mark.slow
 def test_real_ranks_hold_and_send_what_was_simulated():
     told = run_ranks(WORLD, both, CASES, [free_port() for _ in CASES])
     for rank, results in enumerate(told):
