@@ -217,7 +217,7 @@ def open_mesh(parallel: ParallelConfig) -> Mesh:
     return _with_groups(parallel, world, device, way)
 
 
-def _with_groups(parallel: ParallelConfig, world: World, device: torch.device, way: Way) -> Mesh:
+def _with_groups(parallel: ParallelConfig, world: World, device: torch.device, way: Way | None) -> Mesh:
     groups = _parallel_state()
     sequence_ranks = parallel.ring * parallel.ulysses
     groups.initialize_model_parallel(
