@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lumina.benchmark.processes import peak_resident_bytes
 from lumina.parallel.engine import Engine
+from lumina.parallel.peak_memory import peak_resident_bytes
 from lumina.train.ema import EMA
 
 
