@@ -149,11 +149,11 @@ def _add_throughput(subjects: argparse._SubParsersAction) -> None:
     )
     throughput.add_argument(
         "--sweep",
-        nargs="+",
+        action="append",
         choices=("layouts", "tokens", "model"),
         metavar="WHAT",
-        help="layouts, tokens, model, or a product of these: every value that is given, of layouts unless any is given "
-        "all that can run",
+        help="layouts, tokens or model: every value that is given; of layouts, unless any is given, all that can run; "
+        "again, for products",
     )
     throughput.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
     throughput.add_argument("--steps", type=int, default=10, metavar="N", help="that are timed (default 10)")

@@ -72,7 +72,18 @@ def of_rank(rank, folder, port):
         found += [ranks.run(fails_on_the_last, "kill"), ranks.run(totals, 5)]
     os.environ["MASTER_PORT"] = str(port)
     files = ["--out", f"{folder}/out.json", "--csv", f"{folder}/csv.csv", "--plot", f"{folder}/plot.png"]
-    swept = ["--sweep", "layouts", "tokens", "--tokens", "72", str(TOO_MANY), "--layout", "zero=0", "ring=2,zero=1"]
+    swept = [
+        "--sweep",
+        "layouts",
+        "--sweep",
+        "tokens",
+        "--tokens",
+        "72",
+        str(TOO_MANY),
+        "--layout",
+        "zero=0",
+        "ring=2,zero=1",
+    ]
     rest = ["--steps", "2", "--warm-up", "0", "--profile-steps", "0", "--peak", "0.5"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = main([*WORDS, *rest, *files, "--compare", f"{folder}/earlier.json", *swept, *SMALL])
@@ -150,7 +161,7 @@ def not_blank(path):
 
 
 def arguments_of(*words):
-    return _parser().parse_args([*WORDS, *words, *SMALL])
+    return _parser().parse_args([*WORDS, "--tokens", "72", *words, *SMALL])
 
 
 def test_every_layout_of_four_ranks():
@@ -168,10 +179,10 @@ def test_every_layout_of_four_ranks():
 
 
 def test_settings_may_stand_behind_what_is_swept():
-    words = ["--tokens", "72", "144", "train.max_grad_norm=0.5", "--sweep", "tokens"]
+    words = ["--tokens", "72", "144", "train.clip_norm=0.5", "--sweep", "tokens"]
     points, _ = points_of(arguments_of(*words, "--layout", "zero=1", "parallel.recompute=full", "precision=fp32"), 1)
     assert [(point.tokens, point.layout) for point in points] == [(72, "zero=1"), (144, "zero=1")]
-    assert {"train.max_grad_norm=0.5", "parallel.recompute=full", "precision=fp32"} <= set(points[0].overrides)
+    assert {"train.clip_norm=0.5", "parallel.recompute=full", "precision=fp32"} <= set(points[0].overrides)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +213,13 @@ def entries():
 
 
 def row_of(point, speed):
-    numbers = {field.name: 1.0 for field in fields(Row)}
-    words = {"model": point.model, "layout": "", "by_category": {}, "hidden": {}, "memory": {"peak": 3 * 2**20}}
+    numbers = {field.name: 1 if field.type is int else 1.0 for field in fields(Row)}
+    words = dict.fromkeys(("layout", "precision", "recompute"), "") | {
+        "model": point.model,
+        "by_category": {},
+        "hidden": {},
+        "memory": {"peak": 3 * 2**20},
+    }
     return Row(**numbers | words | {"mfu": None, "peak_tflops": speed, "tokens_per_second": speed})
 
 
