@@ -21,7 +21,13 @@ _SWEPT = {"layouts": "layout", "tokens": "tokens", "model": "model"}
 _AXES = {"tp": "tensor", "pp": "pipeline", "ring": "ring", "ulysses": "ulysses", "zero": "zero_stage"}
 _EXAMPLES = {"tokens": "--tokens 4096 16384 65536", "model": "--model 600m 3b", "layout": "--layout zero=1 ring=2"}
 # What points import, once for all of them where they may be forked.
-_PRELOAD = ("lumina.benchmark.sweep", "lumina.parallel.tensor", "lumina.parallel.ring", "lumina.parallel.ulysses")
+_PRELOAD = (
+    "lumina.benchmark.sweep",
+    "lumina.parallel.tensor",
+    "lumina.parallel.ring",
+    "lumina.parallel.ulysses",
+    "torch._inductor.compile_fx",
+)
 
 
 def benchmark_throughput(arguments: argparse.Namespace) -> None:

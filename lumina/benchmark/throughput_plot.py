@@ -38,9 +38,8 @@ def draw(path: str, entries: Sequence[Entry]) -> None:
     for axes, name in zip(figure.subplots(1, 2, sharey=bars), (_SPEED, _MEMORY), strict=True):
         (_bars if bars else _lines)(axes, entries, name)
     first = entries[0]
-    figure.suptitle(
-        f"{first.world} ranks, {first.precision}" + (f", {first.tokens_per_sample:,} tokens a sample" if bars else "")
-    )
+    ranks = "1 rank" if first.world == 1 else f"{first.world} ranks"
+    figure.suptitle(f"{ranks}, {first.precision}" + (f", {first.tokens_per_sample:,} tokens a sample" if bars else ""))
     figure.savefig(path, dpi=120)
 
 
@@ -73,6 +72,8 @@ def _lines(axes: "Axes", entries: Sequence[Entry], name: str) -> None:
         failed = [entry.tokens_per_sample for entry in line if entry.row is None]
         axes.plot(failed, [0] * len(failed), "x", color=color, label=f"{label}: failed" if failed else None)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths := sorted({entry.tokens_per_sample for entry in entries}), [f"{n:,}" for n in lengths])
+    axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a sample")
     axes.set_ylabel(name)
