@@ -127,8 +127,12 @@ def _add_throughput(subjects: argparse._SubParsersAction) -> None:
         "under any launcher. key=value changes whatever a configuration sets.",
         example="lumina benchmark throughput --model 600m --tokens 4096 --layout zero=1 parallel.recompute=full",
     )
-    throughput.add_argument("--model", default="600m", metavar="SIZE", help="600m (default), 3b, 5b or 7b")
-    throughput.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a sample (default 4096)")
+    throughput.add_argument(
+        "--model", nargs="+", default=["600m"], metavar="SIZE", help="600m (default), 3b, 5b, 7b; several with --sweep"
+    )
+    throughput.add_argument(
+        "--tokens", nargs="+", default=["4096"], metavar="T", help="of a sample (default 4096); several with --sweep"
+    )
     throughput.add_argument("--samples", type=int, default=1, metavar="N", help="of a pack (default 1)")
     throughput.add_argument(
         "--packs", type=int, metavar="N", help="of a replica in a step (default 1; 2 for each pipeline stage)"
@@ -136,7 +140,21 @@ def _add_throughput(subjects: argparse._SubParsersAction) -> None:
     throughput.add_argument(
         "--text-tokens", type=int, default=128, metavar="N", help="of a caption (default 128); 0: classes, no captions"
     )
-    throughput.add_argument("--layout", default="", metavar="SIZES", help="as tp=2,pp=2,ring=4,ulysses=2,zero=1")
+    throughput.add_argument(
+        "--layout",
+        nargs="+",
+        default=[],
+        metavar="SIZES",
+        help="as tp=2,pp=2,ring=4,ulysses=2,zero=1; several with --sweep",
+    )
+    throughput.add_argument(
+        "--sweep",
+        action="append",
+        choices=("layouts", "tokens", "model"),
+        metavar="WHAT",
+        help="layouts, tokens or model: every value that is given; of layouts, unless any is given, all that can run; "
+        "again, for products",
+    )
     throughput.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
     throughput.add_argument("--steps", type=int, default=10, metavar="N", help="that are timed (default 10)")
     throughput.add_argument("--warm-up", type=int, default=3, metavar="N", help="steps before (default 3)")
@@ -148,6 +166,9 @@ def _add_throughput(subjects: argparse._SubParsersAction) -> None:
     )
     throughput.add_argument("--trace", metavar="FILE", help="a new file for the trace, which Perfetto opens")
     throughput.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    throughput.add_argument("--csv", metavar="FILE", help="a new file for a line a point")
+    throughput.add_argument("--plot", metavar="FILE", help="a new .png, .svg or .pdf of a sweep")
+    throughput.add_argument("--compare", metavar="FILE", help="what --out wrote earlier: print ratios to it")
     throughput.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as model.n_layers=8")
     throughput.set_defaults(run=_benchmark_throughput)
 
@@ -165,7 +186,7 @@ def _benchmark_attention(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark_throughput(arguments: argparse.Namespace) -> None:
-    from lumina.benchmark.throughput import benchmark_throughput
+    from lumina.benchmark.sweep import benchmark_throughput
 
     benchmark_throughput(arguments)
 

@@ -37,8 +37,11 @@ class StepMetrics:
     tokens: int
     seconds: float
     tokens_per_second: float
+    samples_per_second: float
     tflops_per_device: float
+    hardware_tflops_per_device: float  # with what recomputation does again
     mfu: float | None
+    peak_memory_bytes: int | None  # of the fullest rank so far: of its GPU's tensors, on a CPU of its process
     skipped: bool
     epoch: int
     data_seconds: float

@@ -1,4 +1,4 @@
-"""One sample of over 131,072 tokens, forward and backward, on one rank and on four: equal results, 1/P of the memory."""
+"""One sample of over 131,072 tokens, forward and backward, on one rank and on four: equal, with 1/4 of the memory."""
 
 import time
 from pathlib import Path
