@@ -24,6 +24,9 @@ from lumina.parallel.mesh import World
 
 _TIMEOUT = timedelta(minutes=30)
 _LOOK_EVERY = 0.2  # seconds
+# An error may be that of a collective whose other end is gone: so long another rank has to say that it is the cause.
+_GRACE = 10  # seconds
+_DONE, _FAILED, _UNSURE = "done", "failed", "unsure"
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
@@ -103,20 +106,22 @@ class FreshRanks:
             here.close()
 
     def _attend(self, piece: str, process: Any, connection: Connection) -> Any:
-        answer, ended = None, False
+        state, answer, since = None, None, 0.0
         while True:
-            if ended:
+            if state is not None:
                 time.sleep(_LOOK_EVERY)
             elif connection.poll(_LOOK_EVERY):
-                ended, failed, answer = True, *_received(connection, process)
-                if failed and self._store.add(f"{piece}/failures", 1) == 1:
-                    self._store.set(f"{piece}/failure", f"{self.world.rank} {answer}")
-                elif not failed:
+                state, answer = _received(connection, process)
+                since = time.monotonic()
+                if state == _DONE:
                     self._store.add(f"{piece}/done", 1)
+            sure = state == _FAILED or (state == _UNSURE and time.monotonic() > since + _GRACE)
+            if sure and self._store.add(f"{piece}/failures", 1) == 1:
+                self._store.set(f"{piece}/failure", f"{self.world.rank} {answer}")
             if self._store.check([f"{piece}/failure"]):
                 rank, why = self._store.get(f"{piece}/failure").decode().split(" ", 1)
                 return Failure(int(rank), why)
-            if ended and self._store.add(f"{piece}/done", 0) == self.world.size:
+            if state == _DONE and self._store.add(f"{piece}/done", 0) == self.world.size:
                 return answer
 
 
@@ -129,17 +134,17 @@ def _context(preload: Sequence[str]) -> Any:
     return context
 
 
-def _received(connection: Connection, process: Any) -> tuple[bool, Any]:
-    """(whether it failed, what it answered or why it failed)."""
+def _received(connection: Connection, process: Any) -> tuple[str, Any]:
+    """(how it ended, what it answered or why it failed)."""
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):
         process.join()
     if process.exitcode == -signal.SIGKILL:
-        return True, "out of memory, by all appearances: the system killed the process (SIGKILL)"
+        return _FAILED, "out of memory, by all appearances: the system killed the process (SIGKILL)"
     if process.exitcode < 0:
-        return True, f"the process was ended by {signal.Signals(-process.exitcode).name}"
-    return True, f"the process ended with exit code {process.exitcode}"
+        return _UNSURE, f"the process was ended by {signal.Signals(-process.exitcode).name}"
+    return _UNSURE, f"the process ended with exit code {process.exitcode}"
 
 
 def _run(
@@ -155,11 +160,11 @@ def _run(
     os.environ.update(environment)  # a fork server has its own
     torch.set_num_threads(threads)
     try:
-        answer = (False, work(meeting.open(), *arguments))
+        answer = (_DONE, work(meeting.open(), *arguments))
     except Exception as error:  # noqa: BLE001 - it is said by the rank
         if debug:
             traceback.print_exc()
-        answer = (True, _why(error))
+        answer = (_FAILED if isinstance(error, ValueError) or _is_of_memory(error) else _UNSURE, _why(error))
     # Nothing is closed: others may wait for this process in a collective, and are to be ended by their rank, rather
     # than to fail by themselves and be taken for the cause.
     connection.send(answer)
@@ -171,6 +176,10 @@ def _run(
 
 def _why(error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY in said:
+    if _is_of_memory(error):
         return f"out of memory: {said}"
     return said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+
+
+def _is_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY in str(error)

@@ -22,6 +22,7 @@ from lumina.benchmark.throughput_table import Entry, table_of, write_csv
 from lumina.cli import _parser, main
 from lumina.config.exits import BAD_INPUT
 from lumina.config.schema import ParallelConfig
+from lumina.parallel import fresh_ranks
 from lumina.parallel.fresh_ranks import Failure, FreshRanks
 from lumina.parallel.mesh import open_mesh
 from tests.parallel.workers import free_port, run_ranks
@@ -62,8 +63,12 @@ def fails_on_the_last(store, how):
     mesh.barrier()  # never answered
 
 
-def refuses(store):
-    raise ValueError("a sentence")
+def refuses(store, kind):
+    raise kind("a sentence")
+
+
+def exits(store):
+    os._exit(3)
 
 
 def of_rank(rank, folder, port):
@@ -108,10 +113,13 @@ def test_what_fails_on_one_rank_is_ended_on_all(told):
     assert len(set(pids)) == 8  # each piece of work had processes of its own
 
 
-def test_fresh_processes_of_a_single_rank():
+def test_fresh_processes_of_a_single_rank(monkeypatch):
+    monkeypatch.setattr(fresh_ranks, "_GRACE", 0)  # no other rank can be the cause
     with FreshRanks(_PRELOAD) as ranks:
         assert ranks.run(totals, 2)[:2] == (2, 0)
-        assert ranks.run(refuses) == Failure(0, "a sentence")
+        assert ranks.run(refuses, ValueError) == Failure(0, "a sentence")
+        assert ranks.run(refuses, KeyError) == Failure(0, "KeyError: 'a sentence'")
+        assert ranks.run(exits) == Failure(0, "the process ended with exit code 3")
 
 
 @pytest.mark.slow
