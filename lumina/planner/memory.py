@@ -1,9 +1,9 @@
 """What each rank of a run holds in memory, counted before anything is allocated.
 
-Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding; gradients are what its buffers for
-them hold at their fullest; `buffers` is an upper bound of what it puts aside for a while; activations are counted
-tensor by tensor (`planner.activations`). Not counted: text encoder, autoencoder, CUDA's context and NCCL (one or two
-GiB without the encoders), fragmentation.
+Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding. Gradients, buffers and activations
+are those of the fullest moment of a step: as the backward pass starts, as gradients are reduced, or as weights are
+updated. Activations are counted tensor by tensor (`planner.activations`). Not counted: text encoder, autoencoder,
+CUDA's context and NCCL (one or two GiB without the encoders), fragmentation.
 """
 
 from collections import Counter
@@ -21,6 +21,7 @@ from lumina.planner.activations import activations
 from lumina.planner.traffic import FP32, WIDTH, Load, Place
 
 _GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
+_ALL_REDUCED = 500_000_000  # elements that it flattens at once without ZeRO
 _ALIGNMENT = 2  # elements, of a flat partition of ZeRO 1 and 2
 
 
@@ -29,12 +30,12 @@ class MemoryPlan:
     """Bytes of one rank.
 
     weights: what forward and backward passes use, in the run's precision.
-    gradients: fp32, the most of a step.
+    gradients: of the backward pass, and their sums.
     masters: fp32; 0 where the weights are their own.
     moments: Adam's two, fp32.
     ema: the averaged weights, fp32.
-    buffers: for reducing gradients and gathering weights; at most.
-    activations: of the passes under way, at the fullest moment of the backward pass.
+    buffers: for reducing gradients, gathering weights and updating them.
+    activations: of the passes under way; 0 where another moment is the fullest.
     on_host: of the above, what `offload_optimizer` keeps in host memory, and of activations what waits there.
     loading: host memory with the whole model, fp32, while the rank starts.
     """
@@ -165,17 +166,17 @@ def _of_stage(
         unit = _ALIGNMENT * shards
         held = -(-total // unit) * unit
         share = held // shards
-    # ZeRO 1 keeps whole gradients until the end of a step, and then its own share of their sum beside them.
-    gradients = FP32 * {0: total, 1: total + share, 2: share, 3: share}[zero]
     masters = 0 if zero == 0 else FP32 * share
     moments = 2 * FP32 * share
     ema = FP32 * min(share, total)  # without the padding, all of which is the last rank's
-    bucket = min(REDUCE_BUCKET, total) * FP32 if zero in (2, 3) else 0
-    gathered = min(_GATHERED, total) * width if zero == 3 else 0
     under_way = activations_under_way(config, sizes, world, load, Place(stage.blocks, number))
-    on_host = under_way.on_host
+    again = _passes(config, world) > 1
+    fullest = max(_moments(config, total, share, under_way.bytes, again=again), key=lambda moment: moment.bytes)
+    on_host = under_way.on_host if fullest.activations else 0
+    gradients = fullest.gradients
     if parallel.offload_optimizer:
         on_host += masters + moments + ema + FP32 * share
+        gradients += FP32 * share
     return MemoryPlan(
         stage=number,
         parameters=total + fixed,
@@ -184,11 +185,74 @@ def _of_stage(
         masters=masters,
         moments=moments,
         ema=ema,
-        buffers=bucket + gathered,
-        activations=under_way.bytes,
+        buffers=fullest.buffers,
+        activations=fullest.activations,
         on_host=on_host,
         loading=FP32 * whole,
     )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes at one moment of a step, beside weights and the optimizer's state."""
+
+    gradients: int
+    buffers: int
+    activations: int
+
+    @property
+    def bytes(self) -> int:
+        return self.gradients + self.buffers + self.activations
+
+
+def _moments(config: Config, total: int, share: int, activations: int, *, again: bool) -> list[_Moment]:
+    """The last backward pass as it starts, the reduction of gradients at its end, and the update.
+
+    As DeepSpeed 0.19 does it, counted tensor by tensor in real runs (tests/unit/test_plan_memory.py).
+
+    Args:
+        total, share: trained elements of this rank, and what of them ZeRO leaves it to update.
+        again: whether gradients of passes before are there already.
+    """
+    zero, width, bucket = config.parallel.zero_stage, WIDTH[config.precision], min(REDUCE_BUCKET, total)
+    whole, part, before = FP32 * total, FP32 * share, int(again)
+    on_host = config.parallel.offload_optimizer
+    if zero == 0:
+        flat = FP32 * min(_ALL_REDUCED, total)
+        # On a GPU the update takes one value more of each parameter, for all at once.
+        return [_Moment(before * whole, 0, activations), _Moment(whole, flat, 0), _Moment(whole, whole, 0)]
+    # The update works on one flat tensor: the sums of its gradients, these flattened, and a value more of each.
+    update = 0 if on_host else 3 * part
+    if zero == 1 and width != FP32:
+        # Gradients are summed in fp32 beside those of the pass, which stay until the next one.
+        reduced = _Moment(whole, FP32 * bucket, 0)
+        return [
+            _Moment(before * whole, 0, activations),
+            reduced,
+            _Moment(whole + width * total, max(0, update - part), 0),
+        ]
+    if zero == 1:
+        return [_Moment(before * whole, 0, activations), _Moment(whole, FP32 * REDUCE_BUCKET, 0), _Moment(0, update, 0)]
+    buffer = width * REDUCE_BUCKET
+    if zero == 2:
+        sums = 0 if on_host else part
+        started = _Moment(before * sums, buffer, activations)
+        return [started, _Moment(sums + width * bucket, buffer, 0), _Moment(0, update, 0)]
+    gathered = width * min(_GATHERED, total)
+    sums = 0 if on_host else part
+    started = _Moment(sums, buffer + gathered, activations)
+    return [
+        started,
+        _Moment(sums, buffer + gathered + width * (bucket + min(bucket, share)), 0),
+        _Moment(sums, buffer + update, 0),
+    ]
+
+
+def _passes(config: Config, world: int) -> int:
+    """Of a rank, in a step."""
+    parallel = config.parallel
+    data = world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses)
+    return max(1, config.train.global_batch_packs // (data * config.train.packs_per_forward))
 
 
 @dataclass(frozen=True)
@@ -206,9 +270,7 @@ class UnderWay:
 def activations_under_way(config: Config, sizes: FlagDiTConfig, world: int, load: Load, place: Place) -> UnderWay:
     """Of as many passes as are ahead of their backward passes: 1F1B, in which the first stage is ahead of the last."""
     parallel = config.parallel
-    data = world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses)
-    passes = max(1, config.train.global_batch_packs // (data * config.train.packs_per_forward))
-    count = min(passes, parallel.pipeline - place.pipeline)
+    count = min(_passes(config, world), parallel.pipeline - place.pipeline)
     one = activations(sizes, parallel, config.precision, load, place)
     waiting = one.in_blocks * count if parallel.offload_activations else 0
     return UnderWay(one.kept * count + one.working, waiting)
