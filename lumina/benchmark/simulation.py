@@ -24,6 +24,7 @@ from lumina.flow.loss import Objective
 from lumina.kernels import AttentionPlan
 from lumina.kernels.attention_lse_backends import offsets
 from lumina.kernels.dispatch import gpu_assumed
+from lumina.kernels.triton_support import triton
 from lumina.model.config import FlagDiTConfig
 from lumina.model.tokens import Captions, Layout, Shape, layout_of
 from lumina.parallel.layout import accumulation_steps, check_layout
@@ -74,20 +75,22 @@ def simulate(
     """Rank `rank` of `world` on packs of samples of these latent `shapes` (F, C, H, W), `train.packs_per_forward` at a
     time.
 
-    On "cuda" without a GPU the kernels are those of an A100 without the flash-attn package, and memory is counted in
-    the allocator's blocks of 512 bytes; on "cpu" they are the plain ones, which keep more. What one operation takes and
-    gives back within itself is not counted.
+    On "cuda" the kernels are those of an A100 with torch's own attention, whatever this machine has, and memory is
+    counted in the allocator's blocks of 512 bytes; on "cpu" they are the plain ones, which keep more, and activations
+    that are offloaded stay where they are. What one operation takes and gives back within itself is not counted.
 
     Args:
         text_tokens: of the caption of each sample; none of a label-conditional model.
 
     Raises:
         ValueError: for a layout that cannot run (`check_layout`), conditions that the model does not take, or where
-            this process has process groups.
+            this process has process groups; on "cuda", without Triton.
     """
     check_layout(config, sizes, world)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"a simulation is of a device cpu or cuda, not {device}")
+    if device == "cuda" and triton is None:
+        raise ValueError("what a GPU's kernels keep is known with Triton alone, which Linux has; simulate device cpu")
     if not shapes or len(text_tokens) != (len(shapes) if sizes.text_conditional else 0):
         kind, takes = ("text", "a caption of each") if sizes.text_conditional else ("label", "no captions")
         raise ValueError(

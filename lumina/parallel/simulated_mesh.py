@@ -36,7 +36,9 @@ def simulated_mesh(parallel: ParallelConfig, world_size: int, rank: int, device:
         raise ValueError(f"rank {rank} is none of {world_size} ranks, which are numbered from 0 to {world_size - 1}")
     if dist.is_initialized():
         raise ValueError("a simulation makes process groups, and this process has some: close its run's before")
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+    # They register what collectives give of fake tensors (torch before 2.13 wants that), and the backend.
+    from torch.distributed._tools import fake_collectives  # noqa: F401
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
