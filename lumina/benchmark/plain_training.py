@@ -1,5 +1,6 @@
 """A training step as it is commonly written around the plain Flag-DiT, on one device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,14 @@ class PlainTraining:
         noise = [torch.randn_like(latent) for latent in batch.latents]
         return noise, torch.rand(len(noise), device=batch.captions.device)
 
-    def step(self, batch: PaddedBatch, noise: Sequence[Tensor], t_n: Tensor) -> tuple[float, float]:
-        """The loss, and the norm of its gradient before clipping. Linear path, velocity prediction."""
+    def step(self, batch: PaddedBatch, noise: Sequence[Tensor], t_n: Tensor) -> float:
+        """The loss."""
+        loss = self.differentiate(batch, noise, t_n)
+        self.update()
+        return loss
+
+    def differentiate(self, batch: PaddedBatch, noise: Sequence[Tensor], t_n: Tensor) -> float:
+        """The loss, whose gradients are left in the parameters. Linear path, velocity prediction."""
         pairs = list(zip(batch.latents, noise, strict=True))
         noised = [t * latent + (1 - t) * added for t, (latent, added) in zip(t_n, pairs, strict=True)]
         velocities = self.model(noised, t_n, batch.captions, batch.caption_mask)
@@ -54,16 +61,20 @@ class PlainTraining:
         ]
         loss = torch.stack(errors).mean()
         loss.backward()
-        norm = self._update()
-        return float(loss.detach()), norm
+        return float(loss.detach())
 
-    def _update(self) -> float:
+    def gradient_norm(self) -> float:
+        """Over all parameters, summed in float64: torch's own sum over millions of fp32 squares is some 1e-3 off."""
+        return math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in self.model.parameters()))
+
+    def update(self) -> None:
+        """Clip, step, average; gradients are gone afterwards."""
         parameters = list(self.model.parameters())
         apart = self.masters[0] is not parameters[0]
         if apart:
             for master, parameter in zip(self.masters, parameters, strict=True):
                 master.grad = parameter.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self._clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.masters, self._clip_norm)
         self.optimizer.step()
         with torch.no_grad():
             if apart:
@@ -73,4 +84,3 @@ class PlainTraining:
                 average.mul_(self._decay).add_(master, alpha=1 - self._decay)
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        return float(norm)
