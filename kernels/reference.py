@@ -3,9 +3,12 @@
 Backward formulas are written out, since nothing within a custom op is recorded for autograd.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def wide(x: Tensor) -> Tensor:
@@ -14,10 +17,28 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rms_normed(x_td: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms and 1/rms (1, T)."""
-    x = wide(x_td)
-    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return x * inverse, inverse.reshape(1, -1)
+    """x / rms and 1/rms (1, T), through which nothing is differentiated."""
+    normed_td, inverse = _RmsNormed.apply(wide(x_td), eps)
+    return normed_td, inverse.reshape(1, -1)
+
+
+class _RmsNormed(torch.autograd.Function):
+    """Its gradient in three passes over the tokens; autograd takes some ten, and keeps x besides."""
+
+    @staticmethod
+    def forward(ctx: Any, x_td: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        inverse_t1 = (x_td.square().mean(-1, keepdim=True) + eps).rsqrt()
+        normed_td = x_td * inverse_t1
+        ctx.save_for_backward(normed_td, inverse_t1)
+        ctx.mark_non_differentiable(inverse_t1)
+        return normed_td, inverse_t1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_td: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        normed_td, inverse_t1 = ctx.saved_tensors
+        along_t1 = (grad_td * normed_td).mean(-1, keepdim=True)
+        return torch.addcmul(grad_td, normed_td, along_t1, value=-1).mul_(inverse_t1), None
 
 
 def layer_normed(x_td: Tensor, eps: float) -> tuple[Tensor, Tensor]:
