@@ -44,7 +44,8 @@ class Row:
 
     tokens, caption_tokens: of all samples, which is what ours works on.
     padded_tokens, padded_caption_tokens: what the plain one works on.
-    ratio: median of plain over ours, repetition by repetition.
+    ours_cores, plain_cores: seconds that the process kept cores busy, which other work on the machine hardly changes.
+    ratio, ratio_of_cores: medians of plain over ours, repetition by repetition.
     """
 
     model: str
@@ -59,9 +60,10 @@ class Row:
     padded_caption_tokens: int
     ours: list[float]
     plain: list[float]
+    ours_cores: list[float]
+    plain_cores: list[float]
     ratio: float
-    least_ratio: float
-    most_ratio: float
+    ratio_of_cores: float
     losses: tuple[float, float]
     gradient_norms: tuple[float, float]
 
@@ -128,7 +130,7 @@ def _measured(arguments: argparse.Namespace, config: Config, sizes: FlagDiTConfi
         ][1:]  # the first pair warms caches, and is not counted
     finally:
         ours.engine.close()
-    ratios = [theirs / own for own, theirs in seconds]
+    own, theirs = ([pair[which] for pair in seconds] for which in (0, 1))
     return Row(
         model=arguments.model,
         parameters=sum(parameter.numel() for parameter in plain_model.parameters()),
@@ -140,11 +142,12 @@ def _measured(arguments: argparse.Namespace, config: Config, sizes: FlagDiTConfi
         padded_tokens=max(ours.lengths) * arguments.samples,
         caption_tokens=sum(ours.captions.lengths),
         padded_caption_tokens=max(ours.captions.lengths) * arguments.samples,
-        ours=[own for own, _ in seconds],
-        plain=[theirs for _, theirs in seconds],
-        ratio=statistics.median(ratios),
-        least_ratio=min(ratios),
-        most_ratio=max(ratios),
+        ours=[clock for clock, _ in own],
+        plain=[clock for clock, _ in theirs],
+        ours_cores=[cores for _, cores in own],
+        plain_cores=[cores for _, cores in theirs],
+        ratio=statistics.median(plain[0] / ours[0] for ours, plain in seconds),
+        ratio_of_cores=statistics.median(plain[1] / ours[1] for ours, plain in seconds),
         losses=losses,
         gradient_norms=norms,
     )
@@ -229,35 +232,46 @@ def _compared(
     return pairs[0], pairs[1]
 
 
-def _seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Of one of so many steps in a row."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def _seconds(step: Callable[[], object], steps: int, device: torch.device) -> tuple[float, float]:
+    """Of one of so many steps in a row: by the clock, and of the cores."""
+    _wait_for(device)
+    start, busy = time.perf_counter(), time.process_time()
     for _ in range(steps):
         step()
+    _wait_for(device)
+    return (time.perf_counter() - start) / steps, (time.process_time() - busy) / steps
+
+
+def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
 
 
 def described(row: Row) -> str:
     """Tables: what was measured, and both steps."""
     captions = 1 - row.caption_tokens / row.padded_caption_tokens
+    ratios = [theirs / own for own, theirs in zip(row.ours, row.plain, strict=True)]
     what = [
         ("model", f"{row.model}, {row.parameters:,} parameters, {row.precision}"),
         ("batch", f"{row.mix}: {row.samples} samples, {' '.join(f'{h}×{w}' for h, w in row.sizes)} patches"),
         ("tokens", f"{row.tokens:,}; padded {row.padded_tokens:,}, of which {row.padding:.1%} padding"),
         ("caption tokens", f"{row.caption_tokens:,}; padded {row.padded_caption_tokens:,} ({captions:.1%})"),
-        ("plain / ours", f"{row.ratio:.2f} ({row.least_ratio:.2f} – {row.most_ratio:.2f}, {len(row.ours)} pairs)"),
+        ("plain / ours", f"{row.ratio:.2f} ({min(ratios):.2f} – {max(ratios):.2f}, {len(ratios)} pairs)"),
+        ("of core seconds", f"{row.ratio_of_cores:.2f}"),
     ]
     steps = []
-    for name, seconds, padded, which in (("ours", row.ours, row.tokens, 0), ("plain", row.plain, row.padded_tokens, 1)):
+    for which, (name, seconds, cores, padded) in enumerate(
+        (
+            ("ours", row.ours, row.ours_cores, row.tokens),
+            ("plain", row.plain, row.plain_cores, row.padded_tokens),
+        )
+    ):
         middle = statistics.median(seconds)
         steps.append(
             (
                 name,
                 f"{middle:.4g} ({min(seconds):.4g} – {max(seconds):.4g})",
+                f"{statistics.median(cores):.4g}",
                 f"{row.samples / middle:,.3g}",
                 f"{row.tokens / middle:,.0f}",
                 f"{padded / middle:,.0f}",
@@ -265,5 +279,5 @@ def described(row: Row) -> str:
                 f"{row.gradient_norms[which]:.6g}",
             )
         )
-    columns = ["", "seconds", "samples/s", "tokens/s", "with padding", "first loss", "gradient norm"]
+    columns = ["", "seconds", "core seconds", "samples/s", "tokens/s", "with padding", "first loss", "gradient norm"]
     return f"{record.table(['', ''], what)}\n\n{record.table(columns, steps)}"
