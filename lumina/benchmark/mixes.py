@@ -5,7 +5,7 @@ from lumina.data.buckets import buckets, nearest_bucket
 PIXELS_PER_PATCH = 16
 """The side of a patch: 8 pixels to a latent, 2 latents to a patch."""
 
-_SCALES_AND_ASPECTS = ((1, 1), (1, 2), (1, 1 / 2), (1, 4 / 3), (1, 3 / 4), (1 / 2, 1), (3 / 4, 1), (3 / 2, 1))
+_SCALES_AND_ASPECTS = ((1, 1.0), (1, 2.0), (1, 0.5), (1, 4 / 3), (1, 3 / 4), (1 / 2, 1.0), (3 / 4, 1.0), (3 / 2, 1.0))
 _CAPTIONS = (1, 3 / 4, 1 / 2, 1 / 4)
 
 MIXES = {
