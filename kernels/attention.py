@@ -56,7 +56,8 @@ class AttentionPlan:
         return torch.cat([group.queries for group in self.groups]).argsort()
 
     def _group(self, samples: list[int]) -> "_Group":
-        query_starts, key_starts = self.cu_queries.tolist(), self.cu_keys.tolist()
+        # From the lengths, not from tensors: what is on a device would have to be waited for.
+        query_starts, key_starts = ((0, *accumulate(x)) for x in (self.query_lengths, self.key_lengths))
         key_lengths = [self.key_lengths[sample] for sample in samples]
         longest = max(key_lengths)
         queries = torch.tensor([query_starts[sample] for sample in samples])[:, None] + torch.arange(
@@ -70,7 +71,7 @@ class AttentionPlan:
             size=len(samples),
             queries=queries.flatten().to(self.device),
             keys=keys.flatten().to(self.device),
-            mask=None if bool(inside.all()) else inside[:, None, None].to(self.device),
+            mask=None if min(key_lengths) == longest else inside[:, None, None].to(self.device),
         )
 
 

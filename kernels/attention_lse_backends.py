@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import optional
 from .attention_lse import LseBackend, Part, sum_dtype
-from .dispatch import REFERENCE_FORCED
+from .dispatch import REFERENCE_FORCED, gpu_is_assumed, on_gpu
 
 _HALF = (torch.bfloat16, torch.float16)
 # cuDNN builds a graph for each new pair of lengths, which takes 0.04 to 0.4 s: only long blocks make up for it. (Where
@@ -55,8 +55,8 @@ def _to_rows(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N+1,) int32."""
+def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N+1,) int32. Who works on fake tensors clears the cache before and after: real ones do not go with them."""
     return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
 
 
@@ -67,13 +67,13 @@ class _Packed(LseBackend):
 
     @staticmethod
     def _lengths(part: Part, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        cu_q, cu_k = _offsets(part.q_lengths, device), _offsets(part.k_lengths, device)
+        cu_q, cu_k = offsets(part.q_lengths, device), offsets(part.k_lengths, device)
         return cu_q, cu_k, max(part.q_lengths), max(part.k_lengths)
 
     def usable(self, q_qhe):
         head_dim = q_qhe.shape[-1]
         fits = q_qhe.dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256
-        return q_qhe.is_cuda and fits and _since_ampere(q_qhe.device)
+        return on_gpu(q_qhe) and fits and (gpu_is_assumed() or _since_ampere(q_qhe.device))
 
 
 @functools.cache
@@ -109,7 +109,9 @@ class _CpuFlash(_Batched):
     name = "cpu_flash"
 
     def usable(self, q_qhe):
-        return q_qhe.device.type == "cpu" and q_qhe.dtype in (*_HALF, torch.float32, torch.float64)
+        return (
+            q_qhe.device.type == "cpu" and not on_gpu(q_qhe) and q_qhe.dtype in (*_HALF, torch.float32, torch.float64)
+        )
 
     def _forward_batch(self, q_bhme, k_bhne, v_bhne):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_bhme, k_bhne, v_bhne)
@@ -128,7 +130,7 @@ class _Efficient(_Batched):
 
     def usable(self, q_qhe):
         multiple = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}.get(q_qhe.dtype)
-        return q_qhe.is_cuda and multiple is not None and q_qhe.shape[-1] % multiple == 0
+        return on_gpu(q_qhe) and multiple is not None and q_qhe.shape[-1] % multiple == 0
 
     def _forward_batch(self, q_bhme, k_bhne, v_bhne):
         out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(q_bhme, k_bhne, v_bhne, None, True)
@@ -178,6 +180,8 @@ class _Cudnn(_Flash):
     name = "cudnn"
 
     def usable(self, q_qhe):
+        if gpu_is_assumed():  # cuDNN itself says what it takes
+            return False
         settings = (torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())
         return super().usable(q_qhe) and _cudnn_takes(q_qhe.shape[-1], q_qhe.dtype, q_qhe.device, settings)
 
@@ -233,7 +237,7 @@ class _FlashAttn(_Packed):
     name = "flash_attn"
 
     def usable(self, q_qhe):
-        return super().usable(q_qhe) and _flash_attn_2() is not None
+        return super().usable(q_qhe) and not gpu_is_assumed() and _flash_attn_2() is not None
 
     def _forward(self, q, k, v, part):
         out, lse, *_ = _flash_attn_2()._wrapped_flash_attn_varlen_forward(
@@ -280,6 +284,7 @@ class _FlashAttn3(_Packed):
     def usable(self, q_qhe):
         return (
             super().usable(q_qhe)
+            and not gpu_is_assumed()
             and optional.flash_attn_3() is not None
             and torch.cuda.get_device_capability(q_qhe.device)[0] == 9
         )

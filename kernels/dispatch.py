@@ -5,7 +5,9 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -17,6 +19,31 @@ def _reference_forced(setting: str) -> bool:
 
 
 REFERENCE_FORCED = _reference_forced(os.environ.get("LUMINA_KERNELS", ""))
+
+
+_GPU_ASSUMED = ContextVar("lumina.kernels: GPU assumed", default=False)
+
+
+@contextmanager
+def gpu_assumed() -> Iterator[None]:
+    """While entered, implementations are chosen as on an A100 with torch's own kernels, wherever tensors are.
+
+    For tensors that have shapes and no values: others could not run there.
+    """
+    before = _GPU_ASSUMED.set(True)
+    try:
+        yield
+    finally:
+        _GPU_ASSUMED.reset(before)
+
+
+def gpu_is_assumed() -> bool:
+    return _GPU_ASSUMED.get()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` is on a GPU, or is to be taken for such."""
+    return x.is_cuda or _GPU_ASSUMED.get()
 
 
 class Operation:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import on_gpu
+
 try:
     import triton
     import triton.language as tl
@@ -41,7 +43,7 @@ def usable(x: Tensor) -> bool:
 
 def usable_at_any_width(x: Tensor) -> bool:
     """Whether the other kernels run on tensors such as this."""
-    return x.is_cuda and triton is not None and x.dtype in _DTYPES
+    return on_gpu(x) and triton is not None and x.dtype in _DTYPES
 
 
 def launch(

@@ -5,5 +5,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/environment.sh
 install_lumina -e ".[test]"
-# Two at once, as tests of many ranks take two cores as it is; in their order, or the long ones would come last.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three at once, as two cores are not busy with two: tests of hosts and of hangs wait. In their order, or the long ones
+# would come last.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

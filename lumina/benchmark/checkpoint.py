@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lumina.benchmark import record
-from lumina.benchmark.processes import peak_resident_bytes
 from lumina.checkpoint.load import Checkpoint
 from lumina.checkpoint.manifest import EMA, MOMENTS, WEIGHTS, step_folder
 from lumina.checkpoint.save import Piece, Saver, SaveState
@@ -27,6 +26,7 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.presets import PRESETS
 from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
+from lumina.parallel.peak_memory import peak_resident_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASS_SECONDS = 2.0

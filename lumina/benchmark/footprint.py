@@ -3,12 +3,13 @@
 import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from lumina.benchmark.processes import peak_resident_bytes
 from lumina.parallel.engine import Engine
+from lumina.parallel.peak_memory import peak_resident_bytes
 from lumina.train.ema import EMA
 
 
@@ -40,6 +41,8 @@ class Watch:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            # DeepSpeed imports torch's compiler with its first engine: more than 100 MiB that are no model's.
+            import_module("torch._inductor.compile_fx")
             self._base = _resident_bytes()
         self._at_update: dict[int, int] = {}
 

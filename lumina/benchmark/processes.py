@@ -3,7 +3,6 @@
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 Result = TypeVar("Result")
@@ -59,22 +58,6 @@ def memory() -> Memory:
             raise ValueError("memory that processes share is told apart on Linux alone; measure there")
         resident, proportional = resident + held.rss, proportional + held.pss
     return Memory(resident, proportional)
-
-
-def peak_resident_bytes(process: int | None = None) -> int:
-    """The most memory that a process (None: this one) held so far, without its descendants; 0 of one that has ended.
-
-    Raises:
-        ValueError: not on Linux.
-    """
-    # Not getrusage: what it says of a new process begins with the peak of the one that started it.
-    try:
-        lines = Path(f"/proc/{process or 'self'}/status").read_text().splitlines()
-    except OSError as error:
-        if process is not None and Path("/proc/self/status").exists():
-            return 0
-        raise ValueError("peak memory is read from /proc/self/status, which Linux alone has") from error
-    return int(next((line.split()[1] for line in lines if line.startswith("VmHWM")), 0)) * 1024
 
 
 def _tree() -> list:

@@ -94,8 +94,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def check_writable(path: str | None) -> None:
-    """Refuse a place for results before anything is measured.
+def check_writable(path: str | None, option: str = "--out") -> None:
+    """Refuse a place for results, which `option` names, before anything is measured.
 
     Raises:
         ValueError: if `path` is there, or its folder is not.
@@ -103,12 +103,12 @@ def check_writable(path: str | None) -> None:
     if path is None:
         return
     if Path(path).exists():
-        raise ValueError(f"--out {path} exists; name a file that does not")
+        raise ValueError(f"{option} {path} exists; name a file that does not")
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {folder}")
+        raise ValueError(f"{option} {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {path}: the folder {folder} cannot be written to")
+        raise ValueError(f"{option} {path}: the folder {folder} cannot be written to")
 
 
 class Results:
@@ -126,11 +126,25 @@ class Results:
                 self.rows.append(row)
         except Exception as error:  # noqa: BLE001 - it stands in the results; the other measurements are worth having
             lines = str(error).splitlines() or [""]
-            self.missing.append(f"{what}: {type(error).__name__}: {lines[0]}")
-            print(self.missing[-1], file=sys.stderr)
+            self._miss(f"{what}: {type(error).__name__}: {lines[0]}")
+        self._write()
+
+    def add_failure(self, what: str, why: str) -> None:
+        """Keep that there is no row of it, and why."""
+        self._miss(f"{what}: {why}")
+        self._write()
+
+    def _miss(self, line: str) -> None:
+        self.missing.append(line)
+        print(line, file=sys.stderr)
+
+    def _write(self) -> None:
         if self.path is not None:
-            content = self.facts | {"rows": [dataclasses.asdict(row) for row in self.rows], "missing": self.missing}
-            Path(self.path).write_text(json.dumps(content, indent=1) + "\n")
+            Path(self.path).write_text(json.dumps(self.content(), indent=1) + "\n")
+
+    def content(self) -> dict[str, Any]:
+        """Of the file."""
+        return self.facts | {"rows": [dataclasses.asdict(row) for row in self.rows], "missing": self.missing}
 
     def said(self) -> str:
         """Why rows are missing, a line each; empty if none is."""

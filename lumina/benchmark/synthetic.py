@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from lumina.benchmark.pipelines import MULTIPLE, plan_of
-from lumina.benchmark.processes import cpu_seconds, peak_resident_bytes
+from lumina.benchmark.processes import cpu_seconds
 from lumina.data.index import Index
 from lumina.data.shard_index import index_path, write_index
 from lumina.data.sizing import Sizing, Stage
+from lumina.parallel.peak_memory import peak_resident_bytes
 
 PER_SHARD = 10_000
 PACKS = 512

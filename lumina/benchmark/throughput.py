@@ -1,11 +1,9 @@
 """`lumina benchmark throughput`: steps of training on packs of noise, with the real model, engine and optimizer."""
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from lumina.encoders.vae import build_vae
 from lumina.flow.loss import Objective
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
-from lumina.model.flops import Flops, forward_flops
+from lumina.model.flops import forward_flops
 from lumina.model.tokens import Captions, token_count
 from lumina.parallel.engine import Engine
-from lumina.parallel.layout import accumulation_steps, check_layout, describe
-from lumina.parallel.mesh import Mesh, World, close_mesh, open_mesh
+from lumina.parallel.layout import accumulation_steps, check_layout, described
+from lumina.parallel.mesh import Mesh
 from lumina.parallel.randomness import Randomness
 from lumina.train.ema import EMA
 from lumina.train.metrics import peak_tflops
@@ -35,6 +33,35 @@ from lumina.train.step import train_step
 
 _SHORT = {"tp": "tensor", "pp": "pipeline", "zero": "zero_stage"}
 _MATRIX = {"cuda": 8192, "cpu": 2048}  # side of the product whose speed stands for a peak that is measured
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured: a model, under a layout, on packs of samples of so many tokens; options of the verb.
+
+    packs: of a replica in a step; None: 1, or 2 for each pipeline stage.
+    layout: as `layout_settings` takes it.
+    peak: TFLOP/s of a device; "measured"; None: what is known of it.
+    overrides: ``section.key=value``.
+    trace: where the trace is written.
+    """
+
+    model: str
+    tokens: int
+    layout: str
+    samples: int
+    packs: int | None
+    text_tokens: int
+    dtype: str
+    steps: int
+    warm_up: int
+    profile_steps: int
+    peak: str | float | None
+    overrides: tuple[str, ...]
+    trace: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.layout or 'data parallel'}, {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,7 @@ class Row:
     recompute: str
     world: int
     tokens_per_sample: int
+    text_tokens: int
     samples: int
     tokens: int
     seconds: float
@@ -73,56 +101,36 @@ class Row:
     profiled_seconds: float
 
 
-def benchmark_throughput(arguments: argparse.Namespace) -> None:
-    """The verb: measures, prints on rank 0, and writes `--out` there."""
-    config, sizes = _config(arguments)
-    world = World.from_environment()
-    check_layout(config, sizes, world.size)
-    if world.rank == 0:
-        for path in (arguments.out, arguments.trace):
-            record.check_writable(path)
-    with _mesh(config) as mesh:
-        bench = _Bench(arguments, config, sizes, mesh)
-        row = bench.measure()
-        if mesh.is_first:
-            facts = record.surroundings(mesh.device)
-            results = record.Results(arguments.out, facts)
-            results.add(row.model, [row])
-            print(f"{record.heading(facts)}\n{described(row)}")
-
-
-def _config(arguments: argparse.Namespace) -> tuple[Config, FlagDiTConfig]:
+def configured(point: Point, world_size: int) -> tuple[Config, FlagDiTConfig]:
     """The run that is measured, and its model's sizes.
 
     Raises:
-        ValueError: for what does not fit together.
+        ValueError: for what does not fit together, or to the ranks.
     """
-    for name in ("tokens", "samples", "steps", "warm_up", "profile_steps"):
-        if getattr(arguments, name) < (0 if name in ("warm_up", "profile_steps") else 1):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is too few")
-    if arguments.peak not in (None, "measured"):
-        try:
-            arguments.peak = float(arguments.peak)
-        except ValueError:
-            raise ValueError(f"--peak {arguments.peak} is no number of TFLOP/s, and not `measured`") from None
-    conditions = {"cap_feat_dim": 4096} if arguments.text_tokens else {"num_classes": 1000}
+    least = {"tokens": 1, "samples": 1, "steps": 1, "packs": 1, "warm_up": 0, "profile_steps": 0, "text_tokens": 0}
+    for name, minimum in least.items():
+        if (value := getattr(point, name)) is not None and value < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too few")
+    conditions = {"cap_feat_dim": 4096} if point.text_tokens else {"num_classes": 1000}
     tree: dict[str, Any] = {
         "run": {"dir": "none"},
-        "model": {"preset": arguments.model, "in_channels": 4} | conditions,
+        "model": {"preset": point.model, "in_channels": 4} | conditions,
         "vae": {"model": "none"},
         "data": {"shards": ["none"]},
         "train": {"steps": 1, "ema_decay": 0.9999},
-        "precision": arguments.dtype,
+        "precision": point.dtype,
     }
-    config = with_overrides(tree, [*layout_settings(arguments.layout), *arguments.overrides], "benchmark")
+    config = with_overrides(tree, [*layout_settings(point.layout), *point.overrides], "benchmark")
     sizes = FlagDiTConfig.from_dict(config.model)
-    if sizes.text_conditional != bool(arguments.text_tokens):
+    if sizes.text_conditional != bool(point.text_tokens):
         raise ValueError("--text-tokens 0 measures a label-conditional model: set model.num_classes, or give some")
-    world, parallel = World.from_environment().size, config.parallel
-    replicas = max(1, world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses))
-    packs = arguments.packs or (2 * parallel.pipeline if parallel.pipeline > 1 else 1)
+    parallel = config.parallel
+    replicas = max(1, world_size // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses))
+    packs = point.packs or (2 * parallel.pipeline if parallel.pipeline > 1 else 1)
     overrides = [f"train.global_batch_packs={packs * replicas}"]
-    return with_overrides(config.model_dump(by_alias=True), overrides, "benchmark"), sizes
+    config = with_overrides(config.model_dump(by_alias=True), overrides, "benchmark")
+    check_layout(config, sizes, world_size)
+    return config, sizes
 
 
 def layout_settings(text: str) -> list[str]:
@@ -138,15 +146,6 @@ def layout_settings(text: str) -> list[str]:
     return [f"parallel.{_SHORT.get(key, key)}={value}" for key, value in pairs]
 
 
-@contextmanager
-def _mesh(config: Config) -> Iterator[Mesh]:
-    mesh = open_mesh(config.parallel)
-    try:
-        yield mesh
-    finally:
-        close_mesh(mesh)
-
-
 def latent_shape(tokens: int, sizes: FlagDiTConfig) -> tuple[int, int, int, int]:
     """Of one frame, as near to a square as it goes, of as many tokens as go into `tokens`."""
     patch, extra = sizes.patch_size, int(sizes.text_conditional)
@@ -156,13 +155,21 @@ def latent_shape(tokens: int, sizes: FlagDiTConfig) -> tuple[int, int, int, int]
     return 1, sizes.in_channels, row * patch, column * patch
 
 
-class _Bench:
-    def __init__(self, arguments: argparse.Namespace, config: Config, sizes: FlagDiTConfig, mesh: Mesh):
-        self.arguments, self.config, self.sizes, self.mesh = arguments, config, sizes, mesh
+def tokens_of(tokens: int, sizes: FlagDiTConfig) -> int:
+    """Of a sample of `latent_shape`."""
+    frames, _, height, width = latent_shape(tokens, sizes)
+    return token_count(frames, height, width, sizes.patch_size, sizes.text_conditional)
+
+
+class Bench:
+    """A point, ready to be measured on this rank."""
+
+    def __init__(self, point: Point, config: Config, sizes: FlagDiTConfig, mesh: Mesh):
+        self.point, self.config, self.sizes, self.mesh = point, config, sizes, mesh
         self.watch = Watch(mesh.device)
         self.accumulation = accumulation_steps(config, mesh.data.size)
         self.objective = Objective.build(**config.flow.model_dump())
-        self.shape = latent_shape(arguments.tokens, sizes)
+        self.shape = latent_shape(point.tokens, sizes)
         vae = build_vae(config.vae, sizes.in_channels, mesh.device)
         self.preparer = Preparer(sizes, vae, None, self.objective, Randomness(0), 0.0, mesh)
         torch.manual_seed(0)
@@ -171,37 +178,33 @@ class _Bench:
         self.engine = Engine(model, config, mesh, self.accumulation)
         self.ema = EMA(self.engine.fragments, config.train.ema_decay)
         self.encoded = [self._encoded(pack) for pack in range(self.accumulation)]
-        self.samples = arguments.samples * self.accumulation * mesh.data.size
+        self.samples = point.samples * self.accumulation * mesh.data.size
         self.step_number = 0
 
     def measure(self) -> Row:
-        try:
-            return self._measure()
-        finally:
-            self.engine.close()
-
-    def _measure(self) -> Row:
-        for _ in range(self.arguments.warm_up):
+        """On all ranks; what the first returns counts."""
+        for _ in range(self.point.warm_up):
             self._step()
-        seconds = [self._timed() for _ in range(self.arguments.steps)]
+        seconds = [self._timed() for _ in range(self.point.steps)]
         self._step(before_update=lambda: self.watch.gradients_are_there(self.engine))
         footprint = self._most(self.watch.footprint(self.engine, self.ema))
         shared, profiled = self._profiled()
         step = statistics.median(seconds)
         packs = self.config.train.global_batch_packs
-        captions = [self.arguments.text_tokens] * self.arguments.samples if self.sizes.text_conditional else []
-        flops = forward_flops(self.sizes, [self.tokens_per_sample] * self.arguments.samples, captions)
+        captions = [self.point.text_tokens] * self.point.samples if self.sizes.text_conditional else []
+        flops = forward_flops(self.sizes, [self.tokens_per_sample] * self.point.samples, captions)
         world = self.mesh.world.size
         peak = self._peak()
         tflops = 3 * flops.total * packs / step / world / 1e12
         return Row(
-            model=self.arguments.model,
+            model=self.point.model,
             parameters=self.parameters,
-            layout=f"{describe(self.mesh)}, ZeRO {self.config.parallel.zero_stage}",
+            layout=described(self.config.parallel, world),
             precision=self.config.precision,
             recompute=self.config.parallel.recompute,
             world=world,
             tokens_per_sample=self.tokens_per_sample,
+            text_tokens=self.point.text_tokens,
             samples=self.samples,
             tokens=self.tokens_per_sample * self.samples,
             seconds=step,
@@ -211,7 +214,7 @@ class _Bench:
             samples_per_second=self.samples / step,
             model_tflops=tflops,
             gemm_share=flops.gemm / flops.total,
-            hardware_tflops=tflops + _recomputed(flops, self.config.parallel.recompute) * packs / step / world / 1e12,
+            hardware_tflops=tflops + flops.again(self.config.parallel.recompute) * packs / step / world / 1e12,
             peak_tflops=peak,
             mfu=tflops / peak if peak else None,
             memory=asdict(footprint),
@@ -222,17 +225,16 @@ class _Bench:
 
     @property
     def tokens_per_sample(self) -> int:
-        frames, _, height, width = self.shape
-        return token_count(frames, height, width, self.sizes.patch_size, self.sizes.text_conditional)
+        return tokens_of(self.point.tokens, self.sizes)
 
     def _encoded(self, pack: int) -> Encoded:
         """Noise in place of pictures, the same on all ranks that work on the pack."""
-        generator, count = torch.Generator().manual_seed(pack), self.arguments.samples
+        generator, count = torch.Generator().manual_seed(pack), self.point.samples
         device, first = self.mesh.device, (self.mesh.data.rank * self.accumulation + pack) * count
         latents = [torch.randn(self.shape, generator=generator).to(device) for _ in range(count)]
         captions = labels = None
         if self.sizes.text_conditional:
-            width, length = self.sizes.cap_feat_dim, self.arguments.text_tokens
+            width, length = self.sizes.cap_feat_dim, self.point.text_tokens
             features = torch.randn(count * length, width, generator=generator)
             captions = Captions.of(features.to(device), (length,) * count)
         else:
@@ -281,7 +283,7 @@ class _Bench:
         return Footprint(**{name: max(one[name] for one in found) for name in found[0]})
 
     def _profiled(self) -> tuple[dict[str, float], float]:
-        steps = self.arguments.profile_steps
+        steps = self.point.profile_steps
         if not steps:
             return {}, 0.0
         total = 0.0
@@ -293,7 +295,7 @@ class _Bench:
             total += time.perf_counter() - start
 
         with tempfile.TemporaryDirectory() as folder:
-            named = self.arguments.trace if self.mesh.is_first else None
+            named = self.point.trace if self.mesh.is_first else None
             trace = Path(named) if named else Path(folder) / "trace.json"
             self.mesh.barrier()
             shared = seconds_by_category(step, steps, self.mesh, trace)
@@ -301,7 +303,7 @@ class _Bench:
 
     def _peak(self) -> float | None:
         """TFLOP/s of one device: given, known, or measured."""
-        asked = self.arguments.peak
+        asked = self.point.peak
         if asked is None:
             return peak_tflops(self.config, self.mesh.device)
         return measured_peak(self.mesh.device, self.config.precision) if asked == "measured" else asked
@@ -321,12 +323,7 @@ def measured_peak(device: torch.device, precision: str) -> float:
     return 2 * side**3 / best / 1e12
 
 
-def _recomputed(flops: Flops, recompute: str) -> int:
-    """Of one forward pass, what the backward pass does again; selectively, all of the blocks but attention."""
-    return {"none": 0, "selective": flops.in_blocks, "full": flops.in_blocks + flops.attention}[recompute]
-
-
-def described(row: Row) -> str:
+def tables_of(row: Row) -> str:
     """Tables: speed, memory, time."""
     peak = "" if row.mfu is None else f" ({row.mfu:.1%} of {row.peak_tflops:,.2f})"
     speed = [

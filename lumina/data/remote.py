@@ -155,6 +155,8 @@ class RemoteSource(Source):
             first_line = next(iter(str(error).splitlines()), "")
             if status is not None:
                 return f"the server answers {status}"
+            if isinstance(error, TimeoutError):
+                return "no answer in time"
             return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         raise error
 

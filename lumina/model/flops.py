@@ -26,6 +26,10 @@ class Flops:
     def total(self) -> int:
         return self.gemm + self.attention
 
+    def again(self, recompute: str) -> int:
+        """What the backward pass does again: nothing of "none", of "selective" all of the blocks but attention."""
+        return {"none": 0, "selective": self.in_blocks, "full": self.in_blocks + self.attention}[recompute]
+
 
 def forward_flops(config: FlagDiTConfig, lengths: Sequence[int], caption_lengths: Sequence[int] = ()) -> Flops:
     """FLOPs of one forward pass over samples of these lengths in tokens.

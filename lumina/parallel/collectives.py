@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumina.parallel.cuts import bounds
 from lumina.parallel.mesh import Axis
-from lumina.parallel.sequence import bounds
 
 
 def spread(x: Tensor, axis: Axis) -> Tensor:

@@ -1,10 +1,12 @@
-"""How a Flag-DiT is cut between ranks: which weights tensor parallelism shares, which blocks are on a pipeline stage.
+"""How a Flag-DiT is cut between ranks: which weights tensor parallelism shares, which blocks are on a pipeline stage,
+which tokens and heads are whose.
 
 Tables and arithmetic alone, without process groups: the planner counts with them.
 """
 
 import fnmatch
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -54,6 +56,25 @@ ON_FIRST_STAGE = (
 def kind_of(name: str) -> str | None:
     """How a module or parameter of this name is cut; None for what is replicated."""
     return next((kind for pattern, kind in TABLE.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def bounds(total: int, parts: int) -> tuple[int, ...]:
+    """Where each of `parts` stretches of `total` tokens starts, and the end; lengths differ by at most one."""
+    return tuple(total * part // parts for part in range(parts + 1))
+
+
+def kv_head_counts(kv_heads: int, size: int) -> tuple[int, ...]:
+    """Key-value heads of each rank; they differ by at most one. The query heads follow theirs.
+
+    Raises:
+        ValueError: where a rank would have none.
+    """
+    if kv_heads < size:
+        raise ValueError(
+            f"parallel.ulysses={size} splits heads and there are {kv_heads} key-value heads to a rank: set "
+            f"parallel.ulysses to {kv_heads} or less (parallel.ring has no such limit), or use {size} key-value heads"
+        )
+    return tuple(stop - start for start, stop in pairwise(bounds(kv_heads, size)))
 
 
 def cut(costs: Sequence[float], stages: int) -> list[range]:

@@ -25,12 +25,11 @@ from lumina.config.deepspeed import deepspeed_config
 from lumina.config.schema import Config
 from lumina.model.flag_dit import Block, FlagDiT
 from lumina.parallel.activity import Phase
-from lumina.parallel.cuts import cut, stage_costs
-from lumina.parallel.fragments import Fragment, Held, Part, Trained, fragments_of
+from lumina.parallel.fragments import Fragment, Held, Trained, fragments_of
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.optimizer import optimizer_of
 from lumina.parallel.pipeline import PipelineStage
-from lumina.parallel.stage import Conditions, Stage
+from lumina.parallel.stage import Conditions, stage_of
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 # torch's new names for collectives that DeepSpeed calls by the old ones: nothing a user can act on.
@@ -54,13 +53,7 @@ class Engine:
         self._accumulation_steps = accumulation_steps
         self.frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        parts: dict[str, Part] = {}
-        blocks = cut(stage_costs(model), mesh.pipeline.size)[mesh.pipeline.rank]
-        if mesh.tensor.size > 1:
-            from lumina.parallel.tensor import parallelize_tensor  # Megatron-core takes seconds to import
-
-            parts = parallelize_tensor(model, mesh)
-        stage = Stage(model, blocks, mesh, recompute=parallel.recompute, offload=parallel.offload_activations)
+        stage, parts = stage_of(model, parallel, mesh)
         trained = [
             Trained(name, parameter, shapes[name], parts.get(name))
             for name, parameter in stage.model.named_parameters()

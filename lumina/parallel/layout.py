@@ -1,8 +1,20 @@
 """Which layouts can run: every rule looked at before a process group is made."""
 
+import math
+from typing import TYPE_CHECKING
+
 from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
-from lumina.parallel.mesh import Mesh
+
+if TYPE_CHECKING:  # the planner asks these rules, and starts no process group
+    from lumina.parallel.mesh import Mesh
+
+_AXES = ("pipeline", "ring", "ulysses", "tensor")
+_BESIDE = {
+    "sequence": "sequence parallel",
+    "offload_optimizer": "optimizer offloaded",
+    "offload_activations": "activations offloaded",
+}
 
 
 def check_layout(config: Config, model: FlagDiTConfig, world_size: int) -> None:
@@ -32,11 +44,22 @@ def check_layout(config: Config, model: FlagDiTConfig, world_size: int) -> None:
     accumulation_steps(config, data_size)
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: "Mesh") -> str:
     """The layout in a few words, as "8 (data 2 × ring 2 × tensor 2)"."""
-    axes = {name: getattr(mesh, name).size for name in ("data", "pipeline", "ring", "ulysses", "tensor")}
-    product = " × ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
-    return f"{mesh.world.size} ({product})" if product else str(mesh.world.size)
+    return _in_words({name: getattr(mesh, name).size for name in ("data", *_AXES)}, mesh.world.size)
+
+
+def described(parallel: ParallelConfig, world_size: int) -> str:
+    """What `describe` says of the mesh of a layout that can run; with what else of it is not as it is by itself."""
+    sizes = {name: getattr(parallel, name) for name in _AXES}
+    words = [_in_words({"data": world_size // math.prod(sizes.values())} | sizes, world_size)]
+    words += [f"ZeRO {parallel.zero_stage}", *(said for name, said in _BESIDE.items() if getattr(parallel, name))]
+    return ", ".join(words)
+
+
+def _in_words(sizes: dict[str, int], world_size: int) -> str:
+    product = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f"{world_size} ({product})" if product else str(world_size)
 
 
 def _check_tensor(parallel: ParallelConfig, model: FlagDiTConfig, world_size: int) -> None:

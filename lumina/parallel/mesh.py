@@ -187,15 +187,24 @@ class Mesh:
         """In place: on the first process the sum over all; what it holds elsewhere is left undefined."""
         dist.reduce(tensor, dst=0)
 
+    def largest(self, value: float) -> float:
+        """Of the values of all processes, in float64."""
+        found = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.item()
+
     def barrier(self) -> None:
         self.sum([0.0])
 
 
-def open_mesh(parallel: ParallelConfig) -> Mesh:
+def open_mesh(parallel: ParallelConfig, store: dist.Store | None = None) -> Mesh:
     """Start process groups: nccl where each rank has a GPU, gloo elsewhere. Close with `close_mesh`.
 
     The layout is one that `layout.check_layout` has let pass. Where the ranks are on several hosts and nobody has said
     which network to take, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set.
+
+    Args:
+        store: by which ranks find each other, with nothing in it; None: the one that the launcher tells of.
 
     Raises:
         ValueError: where there are more ranks than GPUs, or no way leads to rank 0 (`network.find_way`).
@@ -213,11 +222,11 @@ def open_mesh(parallel: ParallelConfig) -> Mesh:
     way = find_way(os.environ["MASTER_ADDR"], world.local_size == world.size, os.environ)
     if world.local_size != world.size:
         set_interfaces(way, os.environ)
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
     return _with_groups(parallel, world, device, way)
 
 
-def _with_groups(parallel: ParallelConfig, world: World, device: torch.device, way: Way) -> Mesh:
+def _with_groups(parallel: ParallelConfig, world: World, device: torch.device, way: Way | None) -> Mesh:
     groups = _parallel_state()
     sequence_ranks = parallel.ring * parallel.ulysses
     groups.initialize_model_parallel(

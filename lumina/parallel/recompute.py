@@ -4,6 +4,9 @@ none: everything. full: the block's input; its forward pass is run again. select
 (its output and log-sum-exp), so that attention, whose cost grows with the square of the length, is not run again.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +24,9 @@ def run_block(
     inputs: AttentionInputs,
     recompute: str,
     offload: bool,
+    wait_on_host: Callable[..., AbstractContextManager] = save_on_cpu,
 ) -> Tensor:
-    """`block(…)`, keeping what `recompute` says, on the CPU if `offload`."""
+    """`block(…)`, keeping what `recompute` says, on the CPU if `offload`: `wait_on_host` is entered for that."""
     if recompute == "none":
         return block(x_td, c_nw, sample_id_t, inputs)
     settings = {"use_reentrant": False, "preserve_rng_state": False}
@@ -33,5 +37,5 @@ def run_block(
         settings["context_fn"] = lambda: (saved.record(core), saved.replay(core))
     if not offload:
         return checkpoint(block, x_td, c_nw, sample_id_t, inputs, **settings)
-    with save_on_cpu(pin_memory=x_td.is_cuda):
+    with wait_on_host(pin_memory=x_td.is_cuda):
         return checkpoint(block, x_td, c_nw, sample_id_t, inputs, **settings)

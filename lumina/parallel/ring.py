@@ -1,8 +1,7 @@
 """Attention over a pack whose tokens are spread over ranks: keys and values travel round a ring (arXiv 2310.01889).
 
 Rank r of R holds the queries, keys and values of tokens [T·r/R, T·(r+1)/R). At distance d it works on the keys of rank
-r - d. Samples are packed and attend to themselves alone, so that of a pack of short samples each rank meets its
-neighbours at most: distances at which nobody meets anybody are left out for all, with their messages.
+r - d. `schedule` says which distances there are.
 
 What a rank does is written once, as generators that yield where they need what is being received. A process group
 drives one of them (`GroupRing`); a loopback drives those of all ranks in lock step in one process (`LoopbackRing`).
@@ -10,11 +9,8 @@ drives one of them (`GroupRing`); a loopback drives those of all ranks in lock s
 Shape suffixes: t token, h head (kv heads for keys and values), e element of a head.
 """
 
-import bisect
-import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,71 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lumina.kernels import AttentionPlan, merge_attention
-from lumina.kernels.attention_lse import LseBackend, Meeting, Meetings, sum_dtype
+from lumina.kernels.attention_lse import LseBackend, sum_dtype
 from lumina.kernels.attention_lse_backends import lse_backend
+from lumina.parallel.cuts import bounds
 from lumina.parallel.mesh import Axis
-from lumina.parallel.sequence import bounds
+from lumina.parallel.schedule import Schedule, schedule
 from lumina.parallel.ulysses import join_heads, split_heads
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a rank computes at one distance: rows of its queries and of the keys it holds, and who meets within them."""
-
-    q_rows: slice
-    k_rows: slice
-    meetings: Meetings  # counted from the first of these rows
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """Steps of the ring. `work[rank][step]` is None where none of the rank's samples is in the keys that it holds.
-
-    At distance 0 all of a rank's tokens meet, if it has any; that work is there in any case.
-    """
-
-    size: int
-    starts: tuple[int, ...]  # of each rank's tokens, and the end
-    distances: tuple[int, ...]  # ascending, the first is 0
-    work: tuple[tuple[Work | None, ...], ...]
-
-    def rows(self, rank: int, step: int) -> int:
-        """Tokens of the keys that `rank` holds at `step`."""
-        owner = (rank - self.distances[step]) % self.size
-        return self.starts[owner + 1] - self.starts[owner]
-
-    def shift(self, step: int) -> int:
-        """How many ranks further keys move to be where `step` needs them."""
-        return self.distances[step] - self.distances[step - 1]
-
-
-@functools.lru_cache(maxsize=256)
-def schedule(lengths: tuple[int, ...], size: int) -> Schedule:
-    """The ring of `size` ranks over a pack of samples with these numbers of tokens."""
-    starts = bounds(sum(lengths), size)
-    ends = [0, *accumulate(lengths)]
-    held = []  # of each rank, the rows of each sample that it has tokens of
-    for start, stop in pairwise(starts):
-        first, last = bisect.bisect_right(ends, start) - 1, bisect.bisect_left(ends, stop)
-        spans = {i: (max(ends[i], start) - start, min(ends[i + 1], stop) - start) for i in range(first, last)}
-        held.append({i: span for i, span in spans.items() if span[0] < span[1]})
-    by_distance = {d: [_work(held[rank], held[(rank - d) % size]) for rank in range(size)] for d in range(size)}
-    by_distance[0] = [work or Work(slice(0, 0), slice(0, 0), ()) for work in by_distance[0]]
-    distances = tuple(d for d, work in by_distance.items() if any(work))
-    work = tuple(tuple(by_distance[d][rank] for d in distances) for rank in range(size))
-    return Schedule(size, starts, distances, work)
-
-
-def _work(queries: dict[int, tuple[int, int]], keys: dict[int, tuple[int, int]]) -> Work | None:
-    common = [i for i in queries if i in keys]
-    if not common:
-        return None
-    q0, k0 = queries[common[0]][0], keys[common[0]][0]
-    meetings = []
-    for i in common:
-        (q_start, q_stop), (k_start, k_stop) = queries[i], keys[i]
-        meetings.append(Meeting(q_start - q0, q_stop - q0, k_start - k0, k_stop - k0))
-    return Work(slice(q0, queries[common[-1]][1]), slice(k0, keys[common[-1]][1]), tuple(meetings))
 
 
 @runtime_checkable
@@ -133,7 +70,7 @@ def ring_forward(
     outputs are held, whatever the number of ranks.
     """
     keys = _Rotation(k, v, plan, rank, exchange)
-    for step, work in enumerate(plan.work[rank]):
+    for step, work in enumerate(plan.work(rank)):
         arrival = keys.send_on()
         if work is not None:
             held_k, held_v = keys.held
@@ -171,7 +108,7 @@ def ring_backward(
     dkv = k.new_zeros((2, *k.shape), dtype=sums)
     incoming, dkv_arrival = None, None
     keys = _Rotation(k, v, plan, rank, exchange)
-    for step, work in enumerate(plan.work[rank]):
+    for step, work in enumerate(plan.work(rank)):
         arrival = keys.send_on()
         block = None
         if work is not None:

@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 
 from lumina.model.tokens import Layout
+from lumina.parallel.cuts import bounds
 from lumina.parallel.mesh import Mesh
-
-
-def bounds(total: int, parts: int) -> tuple[int, ...]:
-    """Where each of `parts` stretches of `total` tokens starts, and the end; lengths differ by at most one."""
-    return tuple(total * part // parts for part in range(parts + 1))
 
 
 @dataclass(frozen=True, eq=False)

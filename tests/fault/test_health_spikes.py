@@ -20,7 +20,7 @@ NORM = {"health__spike_of": "grad_norm", "train__steps": 9, "checkpoint__every":
 
 def without_times(run_dir):
     """The lines of metrics.jsonl, without what depends on the clock."""
-    times = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
+    times = ("second", "seconds", "tflops_per_device", "mfu", "peak_memory_bytes")
     return [{key: x for key, x in line.items() if not key.endswith(times)} for line in metrics_of(run_dir)]
 
 

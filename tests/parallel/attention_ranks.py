@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lumina.kernels import AttentionPlan
 from lumina.kernels.attention_lse_backends import lse_backend
+from lumina.parallel.cuts import bounds
 from lumina.parallel.mesh import Axis
-from lumina.parallel.ring import LoopbackRing, SavedAttention, SequenceParallelCore, in_process_ring, schedule
-from lumina.parallel.sequence import bounds
+from lumina.parallel.ring import LoopbackRing, SavedAttention, SequenceParallelCore, in_process_ring
+from lumina.parallel.schedule import schedule
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 TWO_ULP = 2 * torch.finfo(torch.float32).eps

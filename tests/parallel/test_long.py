@@ -1,4 +1,4 @@
-"""One sample of over 131,072 tokens, forward and backward, on 1, 2 and 4 ranks: equal results, 1/P of the memory."""
+"""One sample of over 131,072 tokens, forward and backward, on one rank and on four: equal, with 1/4 of the memory."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from tests.parallel.workers import run_ranks
 
-# 8 frames of 128 rows of 127 patches, with nextline and nextframe tokens: a number that 2 and 4 do not divide.
+# 8 frames of 128 rows of 127 patches, with nextline and nextframe tokens: a number that 4 does not divide.
 SHAPE, TOKENS = (8, 1, 256, 254), 131_079
 
 
@@ -71,10 +71,10 @@ def long_sample(rank: int, ring: int) -> tuple[float, list[float], int, float]:
 
 
 @pytest.mark.slow
-def test_a_sample_of_131079_tokens_on_1_2_and_4_ranks(monkeypatch):
+def test_a_sample_of_131079_tokens_on_1_and_4_ranks(monkeypatch):
     # Freed tensors go back to the system at once, so that the peak is that of tensors and not of malloc.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    told = {size: run_ranks(size, long_sample, size, timeout=900, start="spawn") for size in (1, 2, 4)}
+    told = {size: run_ranks(size, long_sample, size, timeout=900, start="spawn") for size in (1, 4)}
     loss, gradients, whole, _ = told[1][0]
     gradients = torch.tensor(gradients, dtype=torch.float64)
     for size, ranks in told.items():

@@ -1,4 +1,4 @@
-"""Any layout computes what one process computes: five steps, compared loss by loss and parameter by parameter."""
+"""Any layout computes what one process computes: three steps, compared loss by loss and parameter by parameter."""
 
 import os
 import random

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumina.kernels import AttentionPlan, attention
 from lumina.kernels.attention_lse_backends import lse_backend
+from lumina.parallel.cuts import bounds, kv_head_counts
 from lumina.parallel.mesh import Axis
 from lumina.parallel.ring import (
     LoopbackRing,
@@ -18,10 +19,8 @@ from lumina.parallel.ring import (
     SequenceParallelCore,
     ring_backward,
     ring_forward,
-    schedule,
 )
-from lumina.parallel.sequence import bounds
-from lumina.parallel.ulysses import kv_head_counts
+from lumina.parallel.schedule import schedule
 from tests.parallel.attention_ranks import Case, allowed, errors, exact, in_process, run_layouts, through_loopback
 from tests.parallel.workers import run_ranks
 
@@ -123,7 +122,7 @@ def test_every_pair_of_a_sample_meets_once():
         sample = [i for i, length in enumerate(lengths) for _ in range(length)]
         met = []
         for rank, (step, distance) in itertools.product(range(size), enumerate(plan.distances)):
-            work = plan.work[rank][step]
+            work = plan.work(rank)[step]
             if work is None:
                 continue
             q0 = starts[rank] + work.q_rows.start
@@ -136,7 +135,7 @@ def test_every_pair_of_a_sample_meets_once():
         tokens = range(sum(lengths))
         assert sorted(met) == [(q, k) for q in tokens for k in tokens if sample[q] == sample[k]]
         for step in range(1, len(plan.distances)):
-            assert any(plan.work[rank][step] for rank in range(size))
+            assert any(plan.work(rank)[step] for rank in range(size))
 
 
 def count_messages(lengths, size):

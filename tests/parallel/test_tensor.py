@@ -67,8 +67,8 @@ def both_ways(rank: int, total: int) -> list[float]:
     """<y, A x> - <Aᵀ y, x> for each collective, summed over ranks: zero for adjoints."""
     from lumina.config.schema import ParallelConfig
     from lumina.parallel import collectives as c
+    from lumina.parallel.cuts import bounds
     from lumina.parallel.mesh import open_mesh
-    from lumina.parallel.sequence import bounds
 
     mesh = open_mesh(ParallelConfig(tensor=RANKS))
     axis, cuts = mesh.tensor, bounds(total, RANKS)

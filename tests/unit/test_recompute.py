@@ -11,7 +11,6 @@ from lumina.kernels.attention_lse_backends import BACKENDS
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.tokens import layout_of
-from lumina.parallel import recompute
 from lumina.parallel.mesh import Mesh, World
 from lumina.parallel.recompute import run_block
 from lumina.parallel.sequence import stretch_of
@@ -103,18 +102,18 @@ def test_attention_is_run_again_only_by_full(run, mode, again):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_offloaded_inputs_leave_the_device(run, offload, monkeypatch):
+def test_offloaded_inputs_leave_the_device(run, offload):
     """The tensor between two blocks lives on for the backward pass, or is let go for its copy."""
     # From a CPU to a CPU torch copies nothing.
     copied = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda copy: copy)
-    monkeypatch.setattr(recompute, "save_on_cpu", lambda pin_memory: copied)
+    where = ("full", offload, lambda pin_memory: copied)
     stage, x, pack = run("full", offload)
     c, x_td = (tensor.detach().requires_grad_() for tensor in stage.embed(x, pack))
     inputs = stage.model.attention_inputs(pack.layout, None)
     first, second = stage.model.layers.values()
-    between = run_block(first, x_td, c, pack.layout.sample_id_t, inputs, "full", offload)
+    between = run_block(first, x_td, c, pack.layout.sample_id_t, inputs, *where)
     storage = StorageWeakRef(between.untyped_storage())
-    out = run_block(second, between, c, pack.layout.sample_id_t, inputs, "full", offload)
+    out = run_block(second, between, c, pack.layout.sample_id_t, inputs, *where)
     del between
     gc.collect()
     assert storage.expired() is offload

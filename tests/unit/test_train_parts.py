@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 from dataclasses import dataclass, field, fields, replace
 
 import pytest
@@ -17,6 +19,7 @@ from lumina.encoders.vae import build_vae
 from lumina.flow.loss import Objective
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
+from lumina.model.flops import forward_flops
 from lumina.model.pretrained import build
 from lumina.model.tokens import unpack
 from lumina.parallel.engine import Engine, StepOutcome
@@ -307,6 +310,39 @@ def test_a_resumed_run_drops_later_and_broken_lines(config, tmp_path):
     assert [one["step"] for one in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_weights_and_biases_and_tensorboard_get_the_same_numbers(config, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Run:
+        def __init__(self, **given):
+            self.given, self.lines, self.ended = given, [], None
+
+        def log(self, numbers, step):
+            self.lines.append({"step": step} | numbers)
+
+        def finish(self, exit_code):
+            self.ended = exit_code
+
+    runs = []
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda **given: runs.append(Run(**given)) or runs[-1]
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    log = config.log.model_copy(update={"wandb_project": "project", "tensorboard": True})
+    with Metrics(config.model_copy(update={"log": log}), 1, enabled=True) as metrics:
+        metrics.write(line(1, samples_per_second=2.5, loss=None))
+        metrics.write(line(2, hardware_tflops_per_device=0.125, peak_memory_bytes=3 * 2**30, mfu=0.5))
+    lines = metrics_of(tmp_path / "run")
+    expected = [{key: value for key, value in one.items() if value is not None} for one in lines]
+    (run,) = runs
+    assert (run.given["project"], run.given["name"], run.ended) == ("project", "run", 0)
+    assert run.lines == expected
+    assert (run.lines[0]["samples_per_second"], run.lines[1]["peak_memory_bytes"]) == (2.5, 3 * 2**30)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    shown = {(one.step, tag): one.value for tag in events.Tags()["scalars"] for one in events.Scalars(tag)}
+    assert shown == {(one["step"], key): value for one in expected for key, value in one.items() if key != "step"}
+
+
 def test_other_ranks_write_nothing(config, tmp_path, capsys):
     with Metrics(config, 1, enabled=False) as metrics:
         metrics.write(line(1))
@@ -412,8 +448,8 @@ def test_the_loss_of_packs_is_that_of_samples(digits, tmp_path, flow, per_sample
 def test_the_loss_that_a_run_reports(digits, tmp_path):
     """That of step 3 from the weights saved after step 2: a fresh model predicts zero whatever it is given."""
     run_dir = tmp_path / "run"
-    tree = tiny_config(run_dir, digits, train__steps=3, checkpoint__every=1, data__caption_dropout=0.4)
-    train_on(2, tree)
+    changes = {"data__caption_dropout": 0.4, "parallel__recompute": "full", "log__peak_tflops": 2.0}
+    train_on(2, tiny_config(run_dir, digits, train__steps=3, checkpoint__every=1, **changes))
     checkpoint = Checkpoint(run_dir / "checkpoints" / "step_00000002")
     parts = assemble(checkpoint.config, model_config(checkpoint.config), MESH)
     state = DataState.from_dict(checkpoint.manifest.data)
@@ -424,6 +460,18 @@ def test_the_loss_that_a_run_reports(digits, tmp_path):
     assert reported["samples"] == batch.global_samples
     assert reported.keys() >= CONTRACT
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[2]) == reported
+    seconds = reported["seconds"]
+    assert reported["samples_per_second"] == pytest.approx(reported["samples"] / seconds)
+    prepare = Preparer(parts.model, parts.vae, parts.text, parts.objective, Randomness(3), 0.4, MESH)
+    packs = [prepare(pack) for pack in batch.packs]
+    forward = [forward_flops(parts.model, pack.layout.lengths, pack.captions.lengths) for pack in packs]
+    once = sum(one.total for one in forward) / seconds / 2 / 1e12  # on each of two ranks
+    again = sum(one.in_blocks + one.attention for one in forward) / seconds / 2 / 1e12
+    assert reported["tflops_per_device"] == pytest.approx(3 * once)
+    assert reported["hardware_tflops_per_device"] == pytest.approx(3 * once + again)
+    assert reported["mfu"] == pytest.approx(3 * once / 2)
+    peaks = [one["peak_memory_bytes"] for one in metrics_of(run_dir)]
+    assert 100 * 2**20 < peaks[0] <= peaks[1] <= peaks[2] < 2**33  # of a process that has imported torch
 
 
 def test_a_disk_that_takes_nothing_any_more_stops_no_training(config, tmp_path, capsys):
