@@ -82,7 +82,7 @@ def benchmark_baseline(arguments: argparse.Namespace) -> None:
     """
     config, sizes = _config(arguments)
     record.check_writable(arguments.out)
-    with mesh_of(config) as mesh:
+    with mesh_of(config.parallel) as mesh:
         facts = record.surroundings(mesh.device)
         results = record.Results(arguments.out, facts)
         row = _measured(arguments, config, sizes, mesh)

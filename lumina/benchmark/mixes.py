@@ -8,18 +8,13 @@ PIXELS_PER_PATCH = 16
 _SCALES_AND_ASPECTS = ((1, 1.0), (1, 2.0), (1, 0.5), (1, 4 / 3), (1, 3 / 4), (1 / 2, 1.0), (3 / 4, 1.0), (3 / 2, 1.0))
 _CAPTIONS = (1, 3 / 4, 1 / 2, 1 / 4)
 
-MIXES = {
-    "mixed": "five aspect ratios from 1:2 to 2:1 at the resolution, a square each at 1/2, 3/4 and 3/2 of it",
-    "buckets": "aspect ratios from 1:4 to 4:1 at one resolution, as the public recipe's buckets",
-    "uniform": "squares, and captions of equal length: nothing to pad",
-}
-
 
 def patches_of(mix: str, samples: int, resolution: int) -> list[tuple[int, int]]:
     """(height, width) of each sample in patches.
 
     Args:
-        mix: one of `MIXES`, in turn where there are more samples than it has sizes.
+        mix: "mixed", several resolutions and aspect ratios in turn; "buckets", aspect ratios of one resolution, as the
+            public recipe has them; "uniform", squares of it.
         resolution: side in pixels of the square that stands for the area.
 
     Raises:
@@ -38,9 +33,11 @@ def patches_of(mix: str, samples: int, resolution: int) -> list[tuple[int, int]]
             all_of_them = buckets(side)
             # From wide to tall in even steps, whatever the number of samples.
             return [all_of_them[(2 * i + 1) * len(all_of_them) // (2 * samples)] for i in range(samples)]
-        case _:
+        case "mixed":
             chosen = (_SCALES_AND_ASPECTS[i % len(_SCALES_AND_ASPECTS)] for i in range(samples))
             return [_nearest(round(side * scale), aspect) for scale, aspect in chosen]
+        case _:
+            raise ValueError(f"--mix {mix} is unknown; it is mixed, buckets or uniform")
 
 
 def caption_lengths(mix: str, samples: int, longest: int) -> tuple[int, ...]:

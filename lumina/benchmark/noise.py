@@ -1,10 +1,10 @@
-"""What benchmarks of training share: a run that reads and writes nothing, and its mesh."""
+"""What benchmarks share: a run that reads and writes nothing, and its mesh."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lumina.config.schema import Config
+from lumina.config.schema import ParallelConfig
 from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
 
 
@@ -21,9 +21,9 @@ def settings(model: str, conditions: dict[str, int], precision: str) -> dict[str
 
 
 @contextmanager
-def mesh_of(config: Config) -> Iterator[Mesh]:
+def mesh_of(parallel: ParallelConfig) -> Iterator[Mesh]:
     """The mesh, which is closed afterwards."""
-    mesh = open_mesh(config.parallel)
+    mesh = open_mesh(parallel)
     try:
         yield mesh
     finally:
