@@ -7,7 +7,7 @@ from . import triton_support
 from .checks import expect_pack
 from .dispatch import Operation
 from .modulated_norm import launch_sum, partial_sums
-from .reference import gated_sum, sum_of_samples, wide
+from .reference import gated_sum, of_token, sum_of_samples, wide
 from .registration import fused
 from .triton_support import block_of, first_row_from, jit, rows, tl
 
@@ -162,7 +162,7 @@ def _backward(grad_td: Tensor, gate_nd: Tensor, y_td: Tensor, sample_id_t: Tenso
     """Gradients of gate and y; that of x is the one that came."""
     grad = wide(grad_td)
     grad_gate = sum_of_samples(grad * wide(y_td), sample_id_t, len(gate_nd))
-    return grad_gate.to(gate_nd.dtype), (grad * wide(gate_nd)[sample_id_t]).to(y_td.dtype)
+    return grad_gate.to(gate_nd.dtype), (grad * of_token(wide(gate_nd), sample_id_t)).to(y_td.dtype)
 
 
 def _save(ctx, inputs, output):

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import modulated_norm, triton_support
 from .checks import expect_pack
 from .dispatch import Operation
-from .reference import gated_sum, modulated, modulated_backward, rms_normed, sum_of_samples, wide
+from .reference import gated_sum, modulated, modulated_backward, of_token, rms_normed, sum_of_samples, wide
 from .registration import fused
 
 
@@ -110,7 +110,7 @@ def _backward(
     back, *grads = modulated_backward(grad_td, sum_td, weight_d, scale_nd, sample_id_t, moments_mt, shift_dtype)
     back = back + wide(grad_sum_td)
     grad_gate = sum_of_samples(back * wide(y_td), sample_id_t, len(gate_nd)).to(gate_nd.dtype)
-    grad_y = (back * wide(gate_nd)[sample_id_t]).to(y_td.dtype)
+    grad_y = (back * of_token(wide(gate_nd), sample_id_t)).to(y_td.dtype)
     return back.to(sum_td.dtype), grad_gate, grad_y, *grads
 
 

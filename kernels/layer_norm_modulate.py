@@ -1,12 +1,13 @@
 """LayerNorm without affine parameters, modulated per sample: Flag-DiT's last norm."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import modulated_norm, triton_support
 from .checks import expect_pack
 from .dispatch import Operation
-from .reference import layer_normed, modulated, modulated_backward
+from .reference import layer_normed, modulated, modulated_backward, wide
 from .registration import fused
 
 
@@ -20,7 +21,8 @@ def layer_norm_modulate(x_td: Tensor, scale_nd: Tensor, shift_nd: Tensor, sample
 
     Shapes: x (T, D) tokens; scale, shift (N, D) samples; sample_id (T,) in [0, N), sorted.
     """
-    return modulated(layer_normed(x_td, eps)[0], None, scale_nd, shift_nd, sample_id_t, x_td.dtype)
+    normed_td = F.layer_norm(wide(x_td), x_td.shape[1:], eps=eps)
+    return modulated(normed_td, None, scale_nd, shift_nd, sample_id_t, x_td.dtype)
 
 
 def _forward_triton(

@@ -7,6 +7,7 @@ Moments are (4, T): mean and variance of the queries of each token, then of the 
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import qk_norm_rope_triton, triton_support
@@ -103,17 +104,19 @@ def _norm_rope(
     moments: Tensor | None = None,
 ) -> Tensor:
     x = wide(x_tw)
-    if weight is not None:
-        x = _normed(x_tw, _moments_of(x_tw) if moments is None else moments) * wide(weight) + wide(bias)
+    if weight is not None and moments is None:
+        x = F.layer_norm(x, x.shape[1:], wide(weight), wide(bias), LAYER_NORM_EPS)
+    elif weight is not None:
+        x = torch.addcmul(wide(bias), _normed(x_tw, moments), wide(weight))
     return _rotated(x, cos_th, sin_th).to(x_tw.dtype)
 
 
 def _rotated(x_tw: Tensor, cos_th: Tensor, sin_th: Tensor) -> Tensor:
     """(T, heads, D)."""
     half = cos_th.shape[1]
-    even, odd = x_tw.reshape(len(x_tw), x_tw.shape[1] // (2 * half), half, 2).unbind(-1)
-    cos, sin = cos_th[:, None], sin_th[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    pairs = x_tw.contiguous().view(len(x_tw), x_tw.shape[1] // (2 * half), half, 2)
+    # As complex numbers, which a CPU turns in one pass over them.
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos_th, sin_th)[:, None]).flatten(-2)
 
 
 def _parameter_grads(grad_tw: Tensor, normed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

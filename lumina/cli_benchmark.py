@@ -17,6 +17,7 @@ def add_benchmark(verbs: argparse._SubParsersAction, parser_class: type[argparse
     _add_checkpoint(subjects)
     _add_network(subjects)
     _add_throughput(subjects)
+    _add_baseline(subjects)
 
 
 def _add_operations(subjects: argparse._SubParsersAction) -> None:
@@ -173,6 +174,37 @@ def _add_throughput(subjects: argparse._SubParsersAction) -> None:
     throughput.set_defaults(run=_benchmark_throughput)
 
 
+def _add_baseline(subjects: argparse._SubParsersAction) -> None:
+    baseline = subjects.add_parser(
+        "baseline",
+        help="a step of training beside a plain PyTorch one of the same model on a padded batch",
+        description="Time our step of training and, in turn with it, one of the same model as it is commonly written: "
+        "complex rotary embedding, norms, modulation and gates each by themselves, samples and captions filled up to "
+        "the longest of the batch, attention with a mask. Both start from the same weights, and nothing is timed "
+        "unless their first loss and gradient agree.",
+        example="lumina benchmark baseline --mix mixed --dtype fp32 model.dim=768 model.n_layers=2 model.n_heads=16",
+    )
+    baseline.add_argument("--model", default="600m", metavar="SIZE", help="600m (default), 3b, 5b or 7b")
+    baseline.add_argument(
+        "--mix",
+        choices=("mixed", "buckets", "uniform"),
+        default="mixed",
+        help="mixed (default): five aspect ratios from 1:2 to 2:1 and squares of 1/2, 3/4 and 3/2 of the resolution; "
+        "buckets: aspect ratios from 1:4 to 4:1 of one resolution; uniform: nothing to pad",
+    )
+    baseline.add_argument("--resolution", type=int, default=256, help="a multiple of 16 pixels (default 256)")
+    baseline.add_argument("--samples", type=int, default=8, metavar="N", help="of a batch (default 8)")
+    baseline.add_argument(
+        "--text-tokens", type=int, default=128, metavar="N", help="of the longest caption (default 128)"
+    )
+    baseline.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
+    baseline.add_argument("--steps", type=int, default=1, metavar="N", help="of each in turn (default 1)")
+    baseline.add_argument("--repeats", type=int, default=7, metavar="N", help="turns that are timed (default 7)")
+    baseline.add_argument("--out", metavar="FILE", help="a new file for the numbers, as JSON")
+    baseline.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as model.n_layers=2")
+    baseline.set_defaults(run=_benchmark_baseline)
+
+
 def _benchmark_kernels(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.kernels import benchmark_kernels
 
@@ -189,6 +221,12 @@ def _benchmark_throughput(arguments: argparse.Namespace) -> None:
     from lumina.benchmark.sweep import benchmark_throughput
 
     benchmark_throughput(arguments)
+
+
+def _benchmark_baseline(arguments: argparse.Namespace) -> None:
+    from lumina.benchmark.baseline import benchmark_baseline
+
+    benchmark_baseline(arguments)
 
 
 def _benchmark_loader(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lumina.benchmark import record
+from lumina.benchmark.noise import mesh_of
 from lumina.checkpoint.load import Checkpoint
 from lumina.checkpoint.manifest import EMA, MOMENTS, WEIGHTS, step_folder
 from lumina.checkpoint.save import Piece, Saver, SaveState
@@ -25,7 +26,7 @@ from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.presets import PRESETS
-from lumina.parallel.mesh import Mesh, close_mesh, open_mesh
+from lumina.parallel.mesh import Mesh
 from lumina.parallel.peak_memory import peak_resident_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,7 +58,7 @@ def benchmark_checkpoint(arguments: argparse.Namespace) -> None:
     print(record.heading(facts))
     results = record.Results(arguments.out, facts)
     sizes = FlagDiTConfig.from_dict({"preset": arguments.model, "in_channels": 4, "num_classes": 1000})
-    with _folder(arguments.dir) as folder, _mesh() as mesh:
+    with _folder(arguments.dir) as folder, mesh_of(ParallelConfig()) as mesh:
         state = _state(sizes, arguments.state, _DTYPES[arguments.dtype])
         total = sum(piece.values.nbytes for piece in state)
         print(f"{len(state)} tensors of {total / 1e9:.2f} GB together.\n")
@@ -90,15 +91,6 @@ def check_space(folder: Path, total: int) -> None:
 def _folder(name: str | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lumina-benchmark-", dir=name) as made:
         yield Path(made)
-
-
-@contextmanager
-def _mesh() -> Iterator[Mesh]:
-    mesh = open_mesh(ParallelConfig())
-    try:
-        yield mesh
-    finally:
-        close_mesh(mesh)
 
 
 def _state(sizes: FlagDiTConfig, state: str, dtype: torch.dtype) -> list[Piece]:

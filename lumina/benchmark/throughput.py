@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -14,6 +13,7 @@ from torch.profiler import record_function
 from lumina.benchmark import record
 from lumina.benchmark.breakdown import DATA, OPTIMIZER, hidden, seconds_by_category
 from lumina.benchmark.footprint import Footprint, Watch
+from lumina.benchmark.noise import settings
 from lumina.config.load import with_overrides
 from lumina.config.schema import Config
 from lumina.encoders.vae import build_vae
@@ -112,14 +112,7 @@ def configured(point: Point, world_size: int) -> tuple[Config, FlagDiTConfig]:
         if (value := getattr(point, name)) is not None and value < minimum:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too few")
     conditions = {"cap_feat_dim": 4096} if point.text_tokens else {"num_classes": 1000}
-    tree: dict[str, Any] = {
-        "run": {"dir": "none"},
-        "model": {"preset": point.model, "in_channels": 4} | conditions,
-        "vae": {"model": "none"},
-        "data": {"shards": ["none"]},
-        "train": {"steps": 1, "ema_decay": 0.9999},
-        "precision": point.dtype,
-    }
+    tree = settings(point.model, conditions, point.dtype)
     config = with_overrides(tree, [*layout_settings(point.layout), *point.overrides], "benchmark")
     sizes = FlagDiTConfig.from_dict(config.model)
     if sizes.text_conditional != bool(point.text_tokens):

@@ -21,6 +21,7 @@ def optimizer_of(trained: list[Trained], config: Config, mesh: Mesh) -> "Refusin
         "betas": train.betas,
         "eps": train.adam_epsilon,
         "weight_decay": train.weight_decay,
+        "fused": mesh.device.type == "cpu",
     }
     if config.parallel.zero_stage:
         return RefusingAdamW([entry.parameter for entry in trained], **settings)
