@@ -59,6 +59,12 @@ def add_plan(verbs: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="instead: beside each row that `lumina benchmark throughput --out` wrote, what the plan says of it",
     )
+    plan.add_argument(
+        "--scaling",
+        choices=("weak", "strong"),
+        help="instead: the fastest layout on --gpus devices, on twice as many, up to 4,096, with packs of a step that "
+        "grow alike or stay",
+    )
     plan.add_argument("--json", action="store_true", help="print all of it as JSON")
     plan.add_argument("--out", metavar="FILE", help="a new file for all layouts, as JSON")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as model.n_layers=48")

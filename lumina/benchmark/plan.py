@@ -36,6 +36,12 @@ def plan(arguments: argparse.Namespace) -> None:
 
         print(beside(arguments))
         return
+    if arguments.scaling is not None:
+        from lumina.benchmark.plan_scaling import scaling
+
+        work, device = work_of(arguments)
+        print(f"{_heading(work, device)}\n\n{scaling(arguments)}")
+        return
     work, device = work_of(arguments)
     if arguments.fit is not None:
         _fit(arguments, work, device)

@@ -46,6 +46,7 @@ def asked(*overrides, **changes):
         "fit": None,
         "simulate": 0,
         "measured": None,
+        "scaling": None,
         "json": False,
         "out": None,
     }
@@ -201,6 +202,19 @@ def test_the_command_prints_layouts_and_settings_that_run(capsys, tmp_path):
         name, value = word.removeprefix("parallel.").split("=")
         assert str(getattr(settings.parallel, name)).lower() == value
     assert settings.train.global_batch_packs == content["packs"]
+
+
+def test_scaling_is_of_the_fastest_layouts(capsys):
+    """Weak, from 2,048 to 4,096 devices of which each layout is tensor parallel over a host, so that there are few."""
+    fixed = ["parallel.tensor=8", "parallel.pipeline=1", "parallel.ulysses=1", "parallel.zero_stage=1"]
+    arguments = ["plan", "--scaling", "weak", "--gpus", "2048", "--packs", "512", *fixed]
+    assert main(arguments) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[:2] for row in rows if row[0] != ""][-2:] == [["2,048", "512"], ["4,096", "1,024"]]
+    rates = [float(row[4].replace(",", "")) for row in rows[-2:]]
+    assert rows[-1][5] == f"{rates[1] / rates[0] / 2:.1%}"
+    assert main(["plan", "--scaling", "weak", "--gpus", "12"]) == 2
+    assert "a power of two" in capsys.readouterr().err
 
 
 def test_a_plan_says_why_not(capsys):
