@@ -54,6 +54,11 @@ def add_plan(verbs: argparse._SubParsersAction) -> None:
         metavar="N",
         help="run the first N layouts on tensors without values, and say how far memory and messages are from the plan",
     )
+    plan.add_argument(
+        "--measured",
+        metavar="FILE",
+        help="instead: beside each row that `lumina benchmark throughput --out` wrote, what the plan says of it",
+    )
     plan.add_argument("--json", action="store_true", help="print all of it as JSON")
     plan.add_argument("--out", metavar="FILE", help="a new file for all layouts, as JSON")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as model.n_layers=48")

@@ -22,8 +22,8 @@ SAME = {
 _SPEEDS = ("tokens_per_second", "model_tflops")
 
 
-def read_record(path: str) -> dict[str, Any]:
-    """What `--out` wrote.
+def read_record(path: str, option: str = "--compare") -> dict[str, Any]:
+    """What `--out` wrote; `option` names the file.
 
     Raises:
         ValueError: for a file that is not there, or not of this kind: what is missing.
@@ -31,11 +31,11 @@ def read_record(path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"--compare {path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"--compare {path} is not JSON: {error}") from error
+        raise ValueError(f"{option} {path} is not JSON: {error}") from error
     if wrong := _wrong(content):
-        raise ValueError(f"--compare {path} is no record that `lumina benchmark throughput --out` wrote: {wrong}")
+        raise ValueError(f"{option} {path} is no record that `lumina benchmark throughput --out` wrote: {wrong}")
     return content
 
 

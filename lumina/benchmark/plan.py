@@ -31,6 +31,11 @@ _LARGEST_WORLD = 16_384
 def plan(arguments: argparse.Namespace) -> None:
     """The verb."""
     record.check_writable(arguments.out)
+    if arguments.measured is not None:
+        from lumina.benchmark.plan_measured import beside
+
+        print(beside(arguments))
+        return
     work, device = work_of(arguments)
     if arguments.fit is not None:
         _fit(arguments, work, device)

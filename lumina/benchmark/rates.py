@@ -1,5 +1,6 @@
 """What this machine reaches, for plans of runs on it: products, attention, copies."""
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ _HEADS, _HEAD = 16, 128
 _REPEATS = 3
 
 
+@functools.cache
 def here(precision: str, per_host: int) -> tuple[Device, Speeds]:
     """This machine's device, and what one rank reaches alone; on a CPU with one thread, as ranks that share its cores.
 

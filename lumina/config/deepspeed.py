@@ -4,15 +4,16 @@ from typing import Any
 
 from lumina.config.schema import Config
 
-# Elements of the buffer that gradients are reduced through; DeepSpeed's own default would take 2 GB in fp32.
+# Elements, at most, of the buffer that gradients are reduced through; DeepSpeed's own default would take 2 GB in fp32.
 REDUCE_BUCKET = 100_000_000
 
 
-def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, accumulation_steps: int, elements: int) -> dict[str, Any]:
     """The dict for ``deepspeed.initialize``.
 
     Args:
         accumulation_steps: forward passes of a rank in one optimizer step.
+        elements: that a rank trains, before ZeRO shards them.
     """
     bf16 = config.precision == "bf16"
     offload = {"offload_optimizer": {"device": "cpu"}} if config.parallel.offload_optimizer else {}
@@ -27,7 +28,7 @@ def deepspeed_config(config: Config, accumulation_steps: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "overlap_comm": False,
-            "reduce_bucket_size": REDUCE_BUCKET,
+            "reduce_bucket_size": min(REDUCE_BUCKET, elements),  # allocated whole
             # DeepSpeed gathers a parameter below this size once and keeps it whole; we want none forgotten.
             "stage3_param_persistence_threshold": 0,
             **offload,

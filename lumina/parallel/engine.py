@@ -60,6 +60,7 @@ class Engine:
             if parameter.requires_grad
         ]
         self._stage, self._trained = stage, trained
+        elements = sum(entry.parameter.numel() for entry in trained)
         self._optimizer = optimizer_of(trained, config, mesh)
         self._finite, self._spoilt = True, torch.zeros((), device=mesh.device)
         if mesh.tensor.rank > 0:
@@ -70,7 +71,7 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(stage, [Block])
         # Building its shared-memory collective takes a compiler and half a minute, and no collective of ours uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        settings = {"optimizer": self._optimizer, "config": deepspeed_config(config, accumulation_steps)}
+        settings = {"optimizer": self._optimizer, "config": deepspeed_config(config, accumulation_steps, elements)}
         with contextlib.redirect_stdout(io.StringIO()):
             # Takes over torch's process groups, which the mesh has started; a pipeline wants it before its engine does.
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

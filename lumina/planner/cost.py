@@ -148,7 +148,7 @@ class Network:
         together = 1 if in_turn else max(1, speeds.per_host // stride)
         return min(speeds.link, together * speeds.network)
 
-    def seconds(self, axis: str, operation: str, size: float) -> float:
+    def seconds(self, axis: str, operation: str, size: float | int) -> float:
         """Of one message of `size` bytes, as `messages.Message` counts them."""
         ranks = self._strides[axis][1]
         share = (ranks - 1) / ranks
@@ -161,9 +161,12 @@ class Network:
     def of_axis(self, messages: Messages, axis: str) -> float:
         """All of an axis, one after another; what is received comes while something is sent."""
         return sum(
-            count * self.seconds(message.axis, message.operation, message.bytes)
-            for message, count in messages.items()
-            if message.axis == axis and message.operation != RECEIVE
+            (
+                count * self.seconds(message.axis, message.operation, message.bytes)
+                for message, count in messages.items()
+                if message.axis == axis and message.operation != RECEIVE
+            ),
+            0.0,
         )
 
 
@@ -202,11 +205,12 @@ def pass_time(
     if parallel.ring > 1:
         # A block of keys travels while another is worked on.
         ring = max(0.0, network.of_axis(messages, "ring") - runs * (1 - 1 / parallel.ring))
+    moved = _moved(sizes, parallel, precision, load, place)
     return Part(
         gemm=3 * forward["gemm"],
         attention=forward["attention"] + attention_back,
         elementwise=3 * forward["elementwise"],
-        recompute=sum(forward[name] for name in again) + _moved(sizes, parallel, precision, load, place) / speeds.host,
+        recompute=sum((forward[name] for name in again), 0.0) + moved / speeds.host,
         tensor=network.of_axis(messages, "tensor"),
         ring=ring,
         ulysses=network.of_axis(messages, "ulysses"),
@@ -288,7 +292,7 @@ def gradient_seconds(
     if network.ranks("gradient") == 1:
         return 0.0
 
-    def seconds(operation: str, size: float, calls: float = 1.0) -> float:
+    def seconds(operation: str, size: int, calls: float = 1.0) -> float:
         return network.seconds("gradient", operation, size / calls) * calls
 
     if zero == 0:

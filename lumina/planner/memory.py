@@ -232,8 +232,8 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
             _Moment(whole + width * total, max(0, update - part), 0),
         ]
     if zero == 1:
-        return [_Moment(before * whole, 0, activations), _Moment(whole, FP32 * REDUCE_BUCKET, 0), _Moment(0, update, 0)]
-    buffer = width * REDUCE_BUCKET
+        return [_Moment(before * whole, 0, activations), _Moment(whole, FP32 * bucket, 0), _Moment(0, update, 0)]
+    buffer = width * bucket
     if zero == 2:
         sums = 0 if on_host else part
         started = _Moment(before * sums, buffer, activations)

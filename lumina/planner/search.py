@@ -83,7 +83,7 @@ class Refused:
     reason: str
 
 
-def usable(memory: float) -> float:
+def usable(memory: int) -> float:
     """Of a device's bytes, those that a plan may use."""
     return (memory - RESERVED) * (1 - FRAGMENTED)
 

@@ -103,7 +103,7 @@ def test_the_schema_offers_what_the_flow_has():
 
 def test_deepspeed_is_told_what_the_configuration_says(tmp_path):
     config = validate(tree(tmp_path, precision="bf16", parallel__zero_stage=2, train__clip_norm=0.5), "test")
-    told = deepspeed_config(config, accumulation_steps=3)
+    told = deepspeed_config(config, accumulation_steps=3, elements=1000)
     assert told["zero_optimization"]["stage"] == 2
     assert told["bf16"]["enabled"]
     assert told["gradient_clipping"] == 0.5

@@ -1,0 +1,295 @@
+"""`lumina plan`: what it lists, what it reckons, and what it answers the other way round."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lumina.benchmark.network import LINK, WITHIN
+from lumina.benchmark.plan import work_of
+from lumina.benchmark.plan_measured import spearman
+from lumina.cli import main
+from lumina.config.devices import DEVICES
+from lumina.config.load import load_config
+from lumina.model.flops import forward_flops
+from lumina.parallel.layout import check_layout, described
+from lumina.planner.cost import Network, Speeds, pass_time
+from lumina.planner.fit import fewest_devices, fits, largest_model, longest_sample
+from lumina.planner.memory import meta_model, place_of
+from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, SEND
+from lumina.planner.search import axes_of, best_of_each, candidate, search, usable
+from lumina.planner.traffic import Load
+
+SMALL = ["model.dim=512", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=4"]
+
+
+def asked(*overrides, **changes):
+    options = {
+        "model": "600m",
+        "tokens": 4096,
+        "samples": 1,
+        "text_tokens": 16,
+        "packs": 16,
+        "gpus": 8,
+        "device": "h100-80g",
+        "memory": None,
+        "host_memory": 128.0,
+        "nodes": None,
+        "interconnect": None,
+        "network": None,
+        "dtype": "bf16",
+        "top": 10,
+        "fit": None,
+        "simulate": 0,
+        "measured": None,
+        "json": False,
+        "out": None,
+    }
+    return argparse.Namespace(**options | changes, overrides=[*SMALL, *overrides])
+
+
+def planned(*overrides, **changes):
+    return work_of(asked(*overrides, **changes))[0]
+
+
+def test_every_layout_that_can_run_is_there_once():
+    """By trying all products of sizes up to the number of devices."""
+    work = planned(gpus=12)
+    candidates, refused = search(work)
+    legal = set()
+    for sizes in itertools.product(range(1, 13), repeat=4):
+        names = ("tensor", "pipeline", "ring", "ulysses")
+        parallel = work.config.parallel.model_copy(update=dict(zip(names, sizes, strict=True)))
+        try:
+            check_layout(work.config.model_copy(update={"parallel": parallel}), work.sizes, 12)
+        except ValueError:
+            continue
+        legal.add(sizes)
+    assert [one.axes for one in best_of_each(candidates)] == list(dict.fromkeys(one.axes for one in candidates))
+    assert {one.axes for one in candidates} == legal
+    assert {one.axes for one in refused}.isdisjoint(legal)
+    assert len(refused) + len(legal) == len(list(axes_of(12, 4)))
+    seen = [tuple(one.parallel.model_dump().items()) for one in candidates]
+    assert len(seen) == len(set(seen))
+    for one in candidates:  # every variant, too, is one that a run would not refuse
+        check_layout(work.config.model_copy(update={"parallel": one.parallel}), work.sizes, 12)
+
+
+def test_the_fastest_that_fits_is_first():
+    work = dataclasses.replace(planned("model.dim=2048", "model.n_layers=16"), memory=6.0 * 2**30)
+    candidates, _ = search(work)
+    flags = [one.fits for one in candidates]
+    assert flags == sorted(flags, reverse=True)
+    assert 0 < sum(flags) < len(flags)
+    fitting = [one.time.total for one in candidates if one.fits]
+    assert fitting == sorted(fitting)
+    assert all(one.fits == (one.memory.on_device <= 6 * 2**30) for one in candidates)
+
+
+def test_what_is_set_is_held_fixed():
+    candidates, _ = search(planned("parallel.tensor=2", "parallel.recompute=full"))
+    assert {one.parallel.tensor for one in candidates} == {2}
+    assert {one.parallel.recompute for one in candidates} == {"full"}
+    assert len({one.parallel.ring for one in candidates}) > 1
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(4096, 1415), (32768, 2825), (131072, 7657)])
+def test_products_and_attention_take_the_time_of_their_flops(tokens, expected):
+    """On a device that does a FLOP a second: the published megaflops of a layer and token of the 7B."""
+    work = planned("model.dim=4096", "model.n_layers=32", "model.n_heads=32", "model.n_kv_heads=32", tokens=tokens)
+    speeds = Speeds(1.0, 1.0, 2.5 / 2, 1e30, 1e30, 1e30, 1e30, 0.0, 0.0, 8)  # flash's 2.5 passes back, as if 2
+    load = Load((tokens,), (1,))
+    place = place_of(work.config.parallel, work.sizes, 1, 0)
+    part = pass_time(work.sizes, work.config.parallel, "bf16", load, place, 1, speeds)
+    megaflops = (part.gemm + part.attention) / 32 / tokens / 1e6
+    assert megaflops == pytest.approx(expected, rel=0.01)
+    flops = forward_flops(work.sizes, load.lengths, load.captions)
+    assert part.gemm == pytest.approx(3 * flops.in_blocks, rel=1e-6)
+    assert part.attention == pytest.approx(3 * flops.attention, rel=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "ring", "ulysses", "pipeline"])
+def test_ranks_share_the_work(axis):
+    """Together as much as one alone; what is not shared (captions by a ring, times by all but tensor) is little."""
+    work, tokens = planned(), 4096
+    load = Load((tokens,), (16,))
+
+    def computed(size):
+        parallel = work.config.parallel.model_copy(update={axis: size})
+        parts = [
+            pass_time(work.sizes, parallel, "bf16", load, place_of(parallel, work.sizes, size, rank), size, work.speeds)
+            for rank in range(size)
+        ]
+        return sum(part.gemm + part.attention for part in parts)
+
+    assert computed(4) == pytest.approx(computed(1), rel=0.02)
+
+
+def test_messages_take_the_way_of_their_axis():
+    """8 ranks on hosts of 4: neighbours within a host, data parallel across."""
+    speeds = dataclasses.replace(Speeds.of(DEVICES["h100-80g"], "bf16", 4), link=100.0, network=10.0, latency=0.0)
+    parallel = planned("parallel.tensor=2", "parallel.ring=2").config.parallel
+    network = Network(parallel, 8, speeds)
+    assert network.seconds("tensor", ALL_REDUCE, 100) == pytest.approx(2 * 0.5 * 100 / 100)
+    assert network.seconds("ring", SEND, 100) == pytest.approx(1.0)
+    assert network.seconds("data", ALL_GATHER, 100) == pytest.approx(0.5 * 100 / 10)  # one rank of it on each host
+    # Ring × data: two ranks of it on each host, which have a port each.
+    assert network.seconds("gradient", ALL_GATHER, 100) == pytest.approx(0.75 * 100 / 20)
+    slow = planned("parallel.ring=8").config.parallel
+    assert Network(slow, 8, speeds).seconds("ring", SEND, 100) == pytest.approx(10.0)
+
+
+def test_the_longest_sample_fits_and_a_longer_does_not():
+    work = planned(fit="tokens", packs=None, memory=4.0, gpus=4)
+    tokens, (parallel, memory) = longest_sample(work)
+    assert memory.on_device <= work.memory < usable(5 * 2**30)
+    assert tokens % 1024 == 0
+
+    def at(count):
+        train = work.config.train.model_copy(update={"tokens_per_pack": count})
+        config = work.config.model_copy(update={"train": train})
+        return fits(dataclasses.replace(work, config=config, load=Load((count,), (16,))))
+
+    assert at(tokens)[1].on_device == memory.on_device
+    assert at(tokens + 1024) is None
+    assert parallel.ring * parallel.ulysses * parallel.tensor == 4
+
+
+def test_the_largest_model_and_the_fewest_devices():
+    work = planned(fit="model", packs=None, memory=4.0, host_memory=16.0, gpus=2)
+    sizes, (_, memory) = largest_model(work)
+    assert memory.on_device <= work.memory
+    assert (sizes.dim, sizes.n_heads) == (128 * sizes.n_layers, sizes.n_layers)
+    wider = dataclasses.replace(sizes, dim=sizes.dim + 128, n_layers=sizes.n_layers + 1, n_heads=sizes.n_heads + 1)
+    assert fits(dataclasses.replace(work, sizes=wider)) is None
+
+    big = planned("model.dim=2048", "model.n_layers=16", fit="devices", packs=64, tokens=65536, memory=6.0)
+    world, _ = fewest_devices(big)
+    assert world > 1
+    assert fits(dataclasses.replace(big, world=world // 2)) is None
+
+
+def test_the_command_prints_layouts_and_settings_that_run(capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = ["--model", "7b", "--tokens", "131072", "--gpus", "32", "--device", "h100-80g", "--top", "2"]
+    assert main(["plan", *arguments, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "to run the first" in said
+    content = json.loads(out.read_text())
+    first = content["layouts"][0]
+    assert first["fits"]
+    assert " ".join(first["settings"]) in said
+    assert first["seconds"] == pytest.approx(sum(first["time"].values()))
+    states = ("weights", "gradients", "masters", "moments", "ema", "buffers", "activations")
+    memory = first["memory"]
+    assert memory["on_device"] == sum(memory[name] for name in states) - memory["on_host"]
+    # The table's snippet is a configuration that is taken, and names the layout.
+    lines = said[said.index("    precision: ") :].split("\n\n")[0]
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "run: {dir: none}\nmodel: {preset: 7b, in_channels: 4, cap_feat_dim: 4096}\nvae: {model: none}\n"
+        "data: {shards: [none]}\n"
+        + "\n".join(line.removeprefix("    ") for line in lines.splitlines())
+        + "\n  steps: 1\n"
+    )
+    settings = load_config(str(config), [])
+    for word in first["settings"]:
+        name, value = word.removeprefix("parallel.").split("=")
+        assert str(getattr(settings.parallel, name)).lower() == value
+    assert settings.train.global_batch_packs == content["packs"]
+
+
+def test_a_plan_says_why_not(capsys):
+    assert main(["plan", "--model", "7b", "--gpus", "3", "--memory", "12", "--host-memory", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "GiB of 9.5: " in said
+    assert "none of" in said
+    assert "cannot run" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--device", "h1000"], "--device h1000 is not one of a100-40g"),
+        (["--model", "8b"], "--model 8b is not one of 600m"),
+        (["--gpus", "12", "--nodes", "5"], "--gpus 12 cannot be shared evenly by --nodes 5"),
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--network", "no.json"], "no.json is no record"),
+        (["--gpus", "9", "parallel.tensor=2"], "no layout of these devices can run"),
+        (["--fit", "tokens", "--memory", "3"], "nothing fits: not even a sample of 1,024 tokens"),
+        (["--fit", "model", "--json"], "--fit prints one answer"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_measured_networks_are_taken(tmp_path):
+    rows = [
+        {"what": "within", "bandwidth": 3e9},
+        {"what": "link", "bandwidth": 5e8},
+        {"what": "link", "bandwidth": 2e8},
+    ]
+
+    rows = [row | {"what": {"within": WITHIN, "link": LINK}[row["what"]]} for row in rows]
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"rows": rows}))
+    speeds = planned(network=str(path)).speeds
+    assert (speeds.link, speeds.network) == (3e9, 2e8)
+
+
+def test_a_plan_beside_what_was_measured(tmp_path, capsys):
+    """A record made by hand, in which one layout is as fast as planned and the other not."""
+    work = planned(gpus=4, packs=4)
+    rows, expected = [], []
+    for speed, axis in ((1.0, "ring"), (0.5, "tensor")):
+        parallel = work.config.parallel.model_copy(update={axis: 4})
+        plan = candidate(work, parallel)
+        rows.append(
+            {
+                "model": "600m",
+                "parameters": sum(p.numel() for p in meta_model(work.sizes).parameters()),
+                "layout": described(parallel, 4),
+                "precision": "bf16",
+                "recompute": "none",
+                "world": 4,
+                "tokens_per_sample": 4096,
+                "text_tokens": 16,
+                "samples": 4,
+                "tokens": 4 * 4096,
+                "tokens_per_second": speed * 4 * 4096 / plan.time.total,
+                "model_tflops": 1.0,
+                "memory": {"peak": 2 * plan.memory.on_device},
+            }
+        )
+        expected.append(f"| {1 / speed:.2f} ")
+    path = tmp_path / "rows.json"
+    facts = {"date": "today", "device": "some", "python": "3", "packages": {}}
+    path.write_text(json.dumps(facts | {"rows": rows}))
+    assert main(["plan", "--measured", str(path), *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert all(ratio in said for ratio in expected)
+    assert said.count("0.500 |") == 2
+    assert main(["plan", "--measured", str(path)]) == 2
+    assert "give the settings of the model" in capsys.readouterr().err
+
+
+def test_rankings_are_compared_as_scipy_does():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    pairs = [(1.0, 3.0), (2.0, 2.0), (2.0, 5.0), (4.0, 4.0), (9.0, 4.0)]
+    assert spearman(pairs) == pytest.approx(scipy_stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+@pytest.mark.slow
+def test_a_plan_starts_no_processes_and_loads_no_engine():
+    script = (
+        "import sys; from lumina.cli import main; code = main(['plan', '--gpus', '16']);"
+        "import torch.distributed as dist; assert not dist.is_initialized();"
+        "sys.exit(code or ('deepspeed' in sys.modules) or ('megatron' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
