@@ -21,6 +21,7 @@ def optimizer_of(trained: list[Trained], config: Config, mesh: Mesh) -> "Refusin
         "betas": train.betas,
         "eps": train.adam_epsilon,
         "weight_decay": train.weight_decay,
+        # One pass over the weights; the default makes whole-size temporaries for the square root and the quotient.
         "fused": mesh.device.type == "cpu",
     }
     if config.parallel.zero_stage:
