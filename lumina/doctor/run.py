@@ -101,7 +101,7 @@ def _layout(run: Run, world: int | None) -> Iterator[Check]:
 
 
 def _memory(run: Run, world: int, here: int, slots: Sequence[int] | None) -> Iterator[Check]:
-    plan = largest(plan_memory(run.config, run.sizes, world))
+    plan = largest(plan_memory(run.config, run.sizes, world, on_cpu=not torch.cuda.is_available()))
     said = (
         f"{_size(plan.weights)} weights, {_size(plan.gradients)} gradients, {_size(plan.masters)} masters, "
         f"{_size(plan.moments)} moments, {_size(plan.ema)} EMA, at most {_size(plan.buffers)} buffers, about "

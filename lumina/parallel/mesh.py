@@ -187,7 +187,7 @@ class Mesh:
         """In place: on the first process the sum over all; what it holds elsewhere is left undefined."""
         dist.reduce(tensor, dst=0)
 
-    def largest(self, value: float) -> float:
+    def largest(self, value: float | int) -> float:
         """Of the values of all processes, in float64."""
         found = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)

@@ -132,18 +132,21 @@ def load_of(config: Config, sizes: FlagDiTConfig) -> Load:
     return Load((config.train.tokens_per_pack,) * count, captions)
 
 
-def plan_memory(config: Config, sizes: FlagDiTConfig, world: int, load: Load | None = None) -> list[MemoryPlan]:
+def plan_memory(
+    config: Config, sizes: FlagDiTConfig, world: int, load: Load | None = None, *, on_cpu: bool = False
+) -> list[MemoryPlan]:
     """Of a rank of each pipeline stage; the ranks of a stage hold the same, but for padding that is counted for all.
 
     Args:
         world: ranks; the layout is one that `parallel.layout.check_layout` has let pass.
         load: of a forward pass; unless given, `load_of` the configuration.
+        on_cpu: whether ranks compute on CPUs, where the update is in one pass and takes nothing beside.
     """
     parallel = config.parallel
     load = load_of(config, sizes) if load is None else load
     stages = stage_parameters(sizes, parallel.tensor, parallel.pipeline)
     whole = sum(numel * count for one in stage_parameters(sizes, 1, 1) for numel, count in (*one.trained, *one.fixed))
-    return [_of_stage(config, sizes, number, stage, world, load, whole) for number, stage in enumerate(stages)]
+    return [_of_stage(config, sizes, number, stage, world, load, whole, on_cpu) for number, stage in enumerate(stages)]
 
 
 def largest(plans: list[MemoryPlan]) -> MemoryPlan:
@@ -152,7 +155,14 @@ def largest(plans: list[MemoryPlan]) -> MemoryPlan:
 
 
 def _of_stage(
-    config: Config, sizes: FlagDiTConfig, number: int, stage: StageParameters, world: int, load: Load, whole: int
+    config: Config,
+    sizes: FlagDiTConfig,
+    number: int,
+    stage: StageParameters,
+    world: int,
+    load: Load,
+    whole: int,
+    on_cpu: bool,
 ) -> MemoryPlan:
     parallel, width = config.parallel, WIDTH[config.precision]
     shards = world // (parallel.tensor * parallel.pipeline)  # data × ring × ulysses
@@ -171,7 +181,8 @@ def _of_stage(
     ema = FP32 * min(share, total)  # without the padding, all of which is the last rank's
     under_way = activations_under_way(config, sizes, world, load, Place(stage.blocks, number))
     again = _passes(config, world) > 1
-    fullest = max(_moments(config, total, share, under_way.bytes, again=again), key=lambda moment: moment.bytes)
+    moments_of_step = _moments(config, total, share, under_way.bytes, again=again, on_cpu=on_cpu)
+    fullest = max(moments_of_step, key=lambda moment: moment.bytes)
     on_host = under_way.on_host if fullest.activations else 0
     gradients = fullest.gradients
     if parallel.offload_optimizer:
@@ -205,10 +216,10 @@ class _Moment:
         return self.gradients + self.buffers + self.activations
 
 
-def _moments(config: Config, total: int, share: int, activations: int, *, again: bool) -> list[_Moment]:
+def _moments(config: Config, total: int, share: int, activations: int, *, again: bool, on_cpu: bool) -> list[_Moment]:
     """The last backward pass as it starts, the reduction of gradients at its end, and the update.
 
-    As DeepSpeed 0.19 does it, counted tensor by tensor in real runs (tests/unit/test_plan_memory.py).
+    As DeepSpeed 0.19 does it, counted tensor by tensor in real runs (tests/unit/test_plan_engine.py).
 
     Args:
         total, share: trained elements of this rank, and what of them ZeRO leaves it to update.
@@ -220,9 +231,10 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
     if zero == 0:
         flat = FP32 * min(_ALL_REDUCED, total)
         # On a GPU the update takes one value more of each parameter, for all at once.
-        return [_Moment(before * whole, 0, activations), _Moment(whole, flat, 0), _Moment(whole, whole, 0)]
-    # The update works on one flat tensor: the sums of its gradients, these flattened, and a value more of each.
-    update = 0 if on_host else 3 * part
+        beside = 0 if on_cpu else whole
+        return [_Moment(before * whole, 0, activations), _Moment(whole, flat, 0), _Moment(whole, beside, 0)]
+    # The update works on one flat tensor; torch's AdamW of many passes takes two values more of each.
+    update = 0 if on_host else part if on_cpu else 3 * part
     if zero == 1 and width != FP32:
         # Gradients are summed in fp32 beside those of the pass, which stay until the next one.
         reduced = _Moment(whole, FP32 * bucket, 0)

@@ -164,7 +164,7 @@ def candidate(work: Work, parallel: ParallelConfig) -> Candidate:
 def memory_of(work: Work, parallel: ParallelConfig) -> MemoryPlan:
     """Of the fullest stage."""
     config = work.config.model_copy(update={"parallel": parallel})
-    return largest(plan_memory(config, work.sizes, work.world, work.load))
+    return largest(plan_memory(config, work.sizes, work.world, work.load, on_cpu=work.speeds.cores is not None))
 
 
 def smallest(work: Work) -> tuple[ParallelConfig, MemoryPlan] | None:
