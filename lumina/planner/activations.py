@@ -4,7 +4,8 @@ Read off what autograd saves in `lumina.model` and `lumina.parallel`, and held a
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 from lumina.config.schema import ParallelConfig
 from lumina.model.config import FlagDiTConfig
@@ -30,6 +31,17 @@ def activations(
     sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str, load: Load, place: Place
 ) -> Activations:
     """Of a forward pass over `load` of the rank at `place`."""
+    return _activations(sizes, tuple((name, getattr(parallel, name)) for name in _DECIDING), precision, load, place)
+
+
+_DECIDING = ("tensor", "pipeline", "ring", "ulysses", "sequence", "recompute")
+
+
+@lru_cache(maxsize=2**16)  # a search asks the same of every ZeRO stage
+def _activations(
+    sizes: FlagDiTConfig, settings: tuple[tuple[str, Any], ...], precision: str, load: Load, place: Place
+) -> Activations:
+    parallel = ParallelConfig.model_construct(**dict(settings))
     block = _Block(sizes, parallel, WIDTH[precision], load, place)
     whole = block.whole
     kept = {"none": whole, "full": block.entering, "selective": block.entering + block.attention_result}

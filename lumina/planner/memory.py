@@ -145,8 +145,25 @@ def plan_memory(
     parallel = config.parallel
     load = load_of(config, sizes) if load is None else load
     stages = stage_parameters(sizes, parallel.tensor, parallel.pipeline)
-    whole = sum(numel * count for one in stage_parameters(sizes, 1, 1) for numel, count in (*one.trained, *one.fixed))
+    whole = _everything(sizes)
     return [_of_stage(config, sizes, number, stage, world, load, whole, on_cpu) for number, stage in enumerate(stages)]
+
+
+def fullest_stage(config: Config, sizes: FlagDiTConfig, world: int, load: Load, *, on_cpu: bool = False) -> MemoryPlan:
+    """What `largest` finds among all stages: of those that hold the same, the first has most passes under way."""
+    stages = stage_parameters(sizes, config.parallel.tensor, config.parallel.pipeline)
+    firsts: dict[object, int] = {}
+    for number, stage in enumerate(stages):
+        firsts.setdefault((stage.trained, stage.fixed), number)
+    whole = _everything(sizes)
+    return largest(
+        [_of_stage(config, sizes, number, stages[number], world, load, whole, on_cpu) for number in firsts.values()]
+    )
+
+
+def _everything(sizes: FlagDiTConfig) -> int:
+    (one,) = stage_parameters(sizes, 1, 1)
+    return sum(numel * count for numel, count in (*one.trained, *one.fixed))
 
 
 def largest(plans: list[MemoryPlan]) -> MemoryPlan:

@@ -17,7 +17,7 @@ from lumina.planner.cost import (
     pass_time,
     step_time,
 )
-from lumina.planner.memory import MemoryPlan, largest, plan_memory, stage_parameters
+from lumina.planner.memory import MemoryPlan, fullest_stage, stage_parameters
 from lumina.planner.traffic import Load, Place
 
 _AXES = ("tensor", "pipeline", "ring", "ulysses")
@@ -164,7 +164,7 @@ def candidate(work: Work, parallel: ParallelConfig) -> Candidate:
 def memory_of(work: Work, parallel: ParallelConfig) -> MemoryPlan:
     """Of the fullest stage."""
     config = work.config.model_copy(update={"parallel": parallel})
-    return largest(plan_memory(config, work.sizes, work.world, work.load, on_cpu=work.speeds.cores is not None))
+    return fullest_stage(config, work.sizes, work.world, work.load, on_cpu=work.speeds.cores is not None)
 
 
 def smallest(work: Work) -> tuple[ParallelConfig, MemoryPlan] | None:

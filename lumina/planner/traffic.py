@@ -6,6 +6,7 @@ Written beside `lumina.parallel`, not read off it: a simulation of the real mode
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lumina.config.schema import ParallelConfig
 from lumina.model.config import FlagDiTConfig
@@ -64,8 +65,7 @@ class Place:
 
 
 def _stretch(total: int, parts: int, part: int) -> int:
-    start, stop = bounds(total, parts)[part : part + 2]
-    return stop - start
+    return total * (part + 1) // parts - total * part // parts  # as `bounds` cuts
 
 
 class _Pass:
@@ -129,23 +129,22 @@ class _Pass:
         join_back = Message("ulysses", ALL_TO_ALL, self.tokens * self.heads * head)
         return [split, join], [split_back, join_back]
 
-    def ring(self) -> tuple[list[Message], list[Message]]:
+    def ring(self) -> tuple[Messages, Messages]:
         """Of a block: keys and values travel both times, and the fp32 sums of their gradients after them and home."""
-        plan, rank = schedule(self.load.lengths, self.parallel.ring), self.place.ring
         kv_heads = self.kv_heads
         if self.parallel.ulysses > 1:
             kv_heads = kv_head_counts(kv_heads, self.parallel.ulysses)[self.place.ulysses]
         row = 2 * kv_heads * self.sizes.head_dim
-        forward: list[Message] = []
-        sums: list[Message] = []
-        for step in range(1, len(plan.distances)):
-            pair = plan.rows(rank, step - 1), plan.rows(rank, step)
-            forward += _exchanged("ring", *(rows * row * self.width for rows in pair))
-            sums += _exchanged("ring", *(rows * row * FP32 for rows in pair))
-        if len(plan.distances) > 1:
-            last = plan.rows(rank, len(plan.distances) - 1), plan.rows(rank, 0)
-            sums += _exchanged("ring", *(rows * row * FP32 for rows in last))
-        return forward, forward + sums
+        forward: Messages = Counter()
+        backward: Messages = Counter()
+        hops, home = _hops(self.load.lengths, self.parallel.ring, self.place.ring)
+        for (sent, received), count in hops.items():
+            for message in _exchanged("ring", sent * row * self.width, received * row * self.width):
+                forward[message] += count
+        for (sent, received), count in (hops + home).items():
+            for message in _exchanged("ring", sent * row * FP32, received * row * FP32):
+                backward[message] += count
+        return forward, forward + backward
 
     def between_stages(self) -> list[Message]:
         """c and x to the next stage, and their gradients back."""
@@ -172,6 +171,15 @@ class _Pass:
         return [count * self.width for count in sizes_of]
 
 
+@lru_cache(maxsize=4096)
+def _hops(lengths: tuple[int, ...], ring: int, rank: int) -> tuple[Counter, Counter]:
+    """How often a rank of a ring sends and receives so many rows at once: from step to step, and at last, home."""
+    plan = schedule(lengths, ring)
+    steps = range(1, len(plan.distances))
+    last = [(plan.rows(rank, len(steps)), plan.rows(rank, 0))] if steps else []
+    return Counter((plan.rows(rank, step - 1), plan.rows(rank, step)) for step in steps), Counter(last)
+
+
 def _exchanged(axis: str, sent: int, received: int) -> list[Message]:
     """A message each way, of which an empty one is left out."""
     return [Message(axis, op, size) for op, size in ((SEND, sent), (RECEIVE, received)) if size]
@@ -183,9 +191,9 @@ def pass_messages(sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str
     found: Messages = Counter()
     blocks = len(place.blocks)
 
-    def add(messages: Iterable[Message], times: int = 1) -> None:
-        for message in messages:
-            found[message] += times
+    def add(messages: Iterable[Message] | Messages, times: int = 1) -> None:
+        for message, count in Counter(messages).items():
+            found[message] += count * times
 
     again = 2 if parallel.recompute != "none" else 1
     if parallel.tensor > 1:

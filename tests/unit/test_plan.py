@@ -19,9 +19,9 @@ from lumina.model.flops import forward_flops
 from lumina.parallel.layout import check_layout, described
 from lumina.planner.cost import Network, Speeds, pass_time
 from lumina.planner.fit import fewest_devices, fits, largest_model, longest_sample
-from lumina.planner.memory import meta_model, place_of
+from lumina.planner.memory import fullest_stage, largest, meta_model, place_of, plan_memory
 from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, SEND
-from lumina.planner.search import axes_of, best_of_each, candidate, search, usable
+from lumina.planner.search import axes_of, best_of_each, candidate, search, usable, variants
 from lumina.planner.traffic import Load
 
 SMALL = ["model.dim=512", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=4"]
@@ -89,6 +89,14 @@ def test_the_fastest_that_fits_is_first():
     fitting = [one.time.total for one in candidates if one.fits]
     assert fitting == sorted(fitting)
     assert all(one.fits == (one.memory.on_device <= 6 * 2**30) for one in candidates)
+
+
+def test_the_fullest_stage_is_found_among_few():
+    work = planned("model.n_layers=13", gpus=8, packs=32)
+    for parallel in variants(work, (1, 8, 1, 1)):
+        config = work.config.model_copy(update={"parallel": parallel})
+        arguments = config, work.sizes, 8, work.load
+        assert fullest_stage(*arguments) == largest(plan_memory(*arguments))
 
 
 def test_what_is_set_is_held_fixed():
