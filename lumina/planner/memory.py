@@ -8,7 +8,7 @@ CUDA's context and NCCL (one or two GiB without the encoders), fragmentation.
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -82,7 +82,7 @@ class StageParameters:
     fixed: tuple[tuple[int, int], ...]
     of_block: int
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """That are trained."""
         return sum(numel * count for numel, count in self.trained)

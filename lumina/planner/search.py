@@ -21,6 +21,7 @@ from lumina.planner.memory import MemoryPlan, fullest_stage, stage_parameters
 from lumina.planner.traffic import Load, Place
 
 _AXES = ("tensor", "pipeline", "ring", "ulysses")
+_OF_A_PASS = (*_AXES, "sequence", "recompute", "offload_activations")
 RESERVED = 2 * 2**30
 """Bytes of a device that are not ours to plan with: CUDA's context, NCCL's buffers, cuBLAS's workspace."""
 FRAGMENTED = 0.05
@@ -188,10 +189,7 @@ def time_of(work: Work, parallel: ParallelConfig) -> StepTime:
     sizes, speeds, precision = work.sizes, work.speeds, work.config.precision
     stages = stage_parameters(sizes, parallel.tensor, parallel.pipeline)
     # Sharding changes neither what a pass computes nor what it sends along the other axes.
-    of_pass = parallel.model_copy(
-        update={"zero_stage": 1, "offload_optimizer": False, "offload_activations": parallel.offload_activations}
-    )
-    key = tuple(of_pass.model_dump().items())
+    key = tuple((name, getattr(parallel, name)) for name in _OF_A_PASS)
     kinds = {len(stage.blocks) for stage in stages}
     parts = [
         _part(sizes, key, precision, work.load, stage.blocks, number, work.world, speeds)
