@@ -102,8 +102,9 @@ def test_real_ranks_hold_and_send_what_was_simulated():
                     case,
                 )
                 continue
-            # gloo's threads let go of a message late, and sum what they scatter in a copy.
-            late = range(max(message.bytes for message in fake.messages) + 1)
+            # gloo's threads let go of messages late, the later the busier the machine, and sum what they scatter in a
+            # copy.
+            late = range(sum(message.bytes for message in fake.messages) + 1)
             assert real.kept - fake.kept in late, (rank, case)
             assert real.peak - fake.peak in late, (rank, case)
             assert replace(real, kept=fake.kept, peak=fake.peak) == fake, (rank, case)
