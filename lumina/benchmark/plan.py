@@ -98,6 +98,8 @@ def work_of(arguments: argparse.Namespace) -> tuple[Work, Device]:
     sizes = FlagDiTConfig.from_dict(config.model)
     if sizes.text_conditional != bool(arguments.text_tokens):
         raise ValueError("--text-tokens 0 plans a label-conditional model: set model.num_classes, or give some")
+    if config.train.packs_per_forward != 1:
+        raise ValueError("train.packs_per_forward is not planned with: give the samples of a pass as --samples")
     words = [word.partition("=")[0] for word in arguments.overrides]
     fixed = frozenset(word.removeprefix("parallel.") for word in words if word.startswith("parallel."))
     device, speeds = _speeds(arguments, config.precision, per_host)

@@ -205,12 +205,11 @@ def pass_time(
     if parallel.ring > 1:
         # A block of keys travels while another is worked on.
         ring = max(0.0, network.of_axis(messages, "ring") - runs * (1 - 1 / parallel.ring))
-    moved = _moved(sizes, parallel, precision, load, place)
     return Part(
         gemm=3 * forward["gemm"],
         attention=forward["attention"] + attention_back,
         elementwise=3 * forward["elementwise"],
-        recompute=sum((forward[name] for name in again), 0.0) + moved / speeds.host,
+        recompute=sum((forward[name] for name in again), 0.0),
         tensor=network.of_axis(messages, "tensor"),
         ring=ring,
         ulysses=network.of_axis(messages, "ulysses"),
@@ -218,11 +217,13 @@ def pass_time(
     )
 
 
-def _moved(sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str, load: Load, place: Place) -> int:
-    """Bytes that go to the host's memory and come back."""
+def moved_seconds(
+    sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str, load: Load, place: Place, speeds: Speeds
+) -> float:
+    """For what waits on the host between forward and backward, there and back."""
     if not parallel.offload_activations:
-        return 0
-    return 2 * activations(sizes, parallel, precision, load, place).in_blocks
+        return 0.0
+    return 2 * activations(sizes, parallel, precision, load, place).in_blocks / speeds.host
 
 
 @dataclass(frozen=True)

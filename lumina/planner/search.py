@@ -1,5 +1,6 @@
 """Every layout of so many devices: what of it fits, and which is the fastest."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from lumina.planner.cost import (
     Speeds,
     StepTime,
     gradient_seconds,
+    moved_seconds,
     optimizer_seconds,
     pass_time,
     step_time,
@@ -21,7 +23,7 @@ from lumina.planner.memory import MemoryPlan, fullest_stage, stage_parameters
 from lumina.planner.traffic import Load, Place
 
 _AXES = ("tensor", "pipeline", "ring", "ulysses")
-_OF_A_PASS = (*_AXES, "sequence", "recompute", "offload_activations")
+_OF_A_PASS = (*_AXES, "sequence", "recompute")
 RESERVED = 2 * 2**30
 """Bytes of a device that are not ours to plan with: CUDA's context, NCCL's buffers, cuBLAS's workspace."""
 FRAGMENTED = 0.05
@@ -198,6 +200,9 @@ def time_of(work: Work, parallel: ParallelConfig) -> StepTime:
     ]
     if len(parts) < len(stages):
         parts[1:1] = [parts[1]] * (len(stages) - len(parts))
+    if parallel.offload_activations:
+        moved = moved_seconds(sizes, parallel, precision, work.load, Place(stages[0].blocks), speeds)
+        parts = [dataclasses.replace(part, recompute=part.recompute + moved) for part in parts]
     data = work.world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses)
     passes = work.packs // data
     fullest = max(stages, key=lambda stage: stage.elements)

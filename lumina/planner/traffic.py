@@ -191,9 +191,9 @@ def pass_messages(sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str
     found: Messages = Counter()
     blocks = len(place.blocks)
 
-    def add(messages: Iterable[Message] | Messages, times: int = 1) -> None:
-        for message, count in Counter(messages).items():
-            found[message] += count * times
+    def add(messages: Iterable[Message], times: int = 1) -> None:
+        for message in messages:
+            found[message] += times
 
     again = 2 if parallel.recompute != "none" else 1
     if parallel.tensor > 1:
@@ -212,8 +212,9 @@ def pass_messages(sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str
         add(backward, blocks)
     if parallel.ring > 1:
         forward, backward = one.ring()
-        add(forward, blocks * (2 if parallel.recompute == "full" else 1))
-        add(backward, blocks)
+        for messages, times in ((forward, 2 if parallel.recompute == "full" else 1), (backward, 1)):
+            for message, count in messages.items():
+                found[message] += count * times * blocks
     if parallel.pipeline > 1:
         ends = (place.blocks.start > 0) + (place.blocks.stop < sizes.n_layers)
         add(one.between_stages(), ends)
