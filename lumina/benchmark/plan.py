@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from lumina.config.schema import ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flops import forward_flops
 from lumina.model.presets import PRESETS
-from lumina.planner.cost import Speeds, StepTime
+from lumina.planner.cost import REACHED_OF_NETWORK, Speeds, StepTime
 from lumina.planner.fit import fewest_devices, largest_model, longest_sample
 from lumina.planner.memory import MemoryPlan, activations_under_way, place_of, stage_parameters
 from lumina.planner.messages import total_bytes
@@ -31,6 +32,7 @@ _LARGEST_WORLD = 16_384
 def plan(arguments: argparse.Namespace) -> None:
     """The verb."""
     record.check_writable(arguments.out)
+    _check_modes(arguments)
     if arguments.measured is not None:
         from lumina.benchmark.plan_measured import beside
 
@@ -58,8 +60,24 @@ def plan(arguments: argparse.Namespace) -> None:
         return
     print(_heading(work, device))
     print("\n" + "\n\n".join(_tables(work, device, layouts, refused, arguments.top)))
-    if arguments.simulate:
+    if arguments.simulate and not any(one.fits for one in layouts):
+        print("\nnothing fits that could be simulated")
+    elif arguments.simulate:
         print("\n" + checked(arguments, work, [one for one in layouts if one.fits][: arguments.simulate]))
+
+
+def _check_modes(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: for options of which one would not be heeded.
+    """
+    modes = [name for name in ("measured", "scaling", "fit") if getattr(arguments, name) is not None]
+    if len(modes) > 1:
+        raise ValueError(f"--{modes[0]} and --{modes[1]} ask for different things: give one of them")
+    if modes and (arguments.simulate or arguments.json or arguments.out):
+        raise ValueError(f"--{modes[0]} prints one answer: it goes with none of --simulate, --json and --out")
+    if arguments.simulate and arguments.json:
+        raise ValueError("--simulate prints a table: it does not go with --json")
 
 
 def work_of(arguments: argparse.Namespace) -> tuple[Work, Device]:
@@ -73,8 +91,8 @@ def work_of(arguments: argparse.Namespace) -> tuple[Work, Device]:
             raise ValueError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
     for name in ("packs", "nodes", "memory", "host_memory", "interconnect"):
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, not {value}")
     for name in ("text_tokens", "simulate"):
         if getattr(arguments, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(arguments, name)}")
@@ -85,7 +103,7 @@ def work_of(arguments: argparse.Namespace) -> tuple[Work, Device]:
     per_host = _per_host(arguments.gpus, arguments.nodes)
     conditions = {"cap_feat_dim": 4096} if arguments.text_tokens else {"num_classes": 1000}
     pack = arguments.tokens * arguments.samples
-    packs = arguments.packs or (arguments.gpus if arguments.fit else max(1, STEP_TOKENS // pack))
+    packs = arguments.packs or (arguments.gpus if arguments.fit else _shared(STEP_TOKENS // pack, arguments.gpus))
     tree: dict[str, Any] = {
         "run": {"dir": "none"},
         "model": {"preset": arguments.model, "in_channels": 4} | conditions,
@@ -107,7 +125,16 @@ def work_of(arguments: argparse.Namespace) -> tuple[Work, Device]:
     load = Load((arguments.tokens,) * arguments.samples, captions)
     packs = config.train.global_batch_packs
     room = usable(device.memory), arguments.host_memory * GIB
+    if room[0] <= 0:
+        raise ValueError(f"a device of {device.memory / GIB:,.1f} GiB has nothing to plan with: 2 go to CUDA and NCCL")
     return Work(config, sizes, load, packs, arguments.gpus, *room, speeds, fixed), device
+
+
+def _shared(packs: int, world: int) -> int:
+    """About so many packs, that as many ranks can share as may be."""
+    if packs >= world:
+        return packs // world * world
+    return max(size for size in range(1, max(1, packs) + 1) if world % size == 0)
 
 
 def _per_host(world: int, hosts: int | None) -> int:
@@ -132,10 +159,14 @@ def _speeds(arguments: argparse.Namespace, precision: str, per_host: int) -> tup
     else:
         raise ValueError(f"--device {arguments.device} is not one of {', '.join(DEVICES)}, or `here`")
     if arguments.interconnect is not None:
-        between = arguments.interconnect * 1e9
+        between = arguments.interconnect * 1e9 * REACHED_OF_NETWORK
     if arguments.memory is not None:
         device = dataclasses.replace(device, memory=int(arguments.memory * GIB))
-    return device, dataclasses.replace(speeds, link=within or speeds.link, network=between or within or speeds.network)
+    if within is not None:
+        speeds = dataclasses.replace(speeds, link=within)
+        if speeds.cores is not None:  # ranks of one machine have no other network
+            speeds = dataclasses.replace(speeds, network=within)
+    return device, speeds if between is None else dataclasses.replace(speeds, network=between)
 
 
 def _measured_network(path: Path) -> tuple[float | None, float | None]:
@@ -315,8 +346,6 @@ def _content(
 
 
 def _fit(arguments: argparse.Namespace, work: Work, device: Device) -> None:
-    if arguments.simulate or arguments.json or arguments.out:
-        raise ValueError("--fit prints one answer: it goes with none of --simulate, --json and --out")
     print(_heading(work, device) + "\n")
     answer: Callable[[], Any] = {"tokens": longest_sample, "model": largest_model, "devices": fewest_devices}[
         arguments.fit

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 
 from lumina.benchmark import record
-from lumina.benchmark.plan import GIB, PER_HOST, layout_of, model_flops, settings, work_of
+from lumina.benchmark.plan import GIB, layout_of, model_flops, settings, work_of
 from lumina.planner.search import Work, search
 
 SMALLEST, LARGEST = 8, 4096
@@ -30,7 +30,7 @@ def scaling(arguments: argparse.Namespace) -> str:
         work = _with(first, world, first.packs * (world // fewest if weak else 1))
         best = next((one for one in search(work)[0] if one.fits), None)
         if best is None:
-            rows.append((f"{world:,}", work.packs, "none fits", *[""] * 6))
+            rows.append((f"{world:,}", f"{work.packs:,}", "none fits"))
         else:
             seconds = best.time.total
             rate = work.packs * work.load.tokens / seconds
@@ -56,6 +56,5 @@ def scaling(arguments: argparse.Namespace) -> str:
 
 def _with(work: Work, world: int, packs: int) -> Work:
     train = work.config.train.model_copy(update={"global_batch_packs": packs})
-    speeds = dataclasses.replace(work.speeds, per_host=min(world, max(PER_HOST, work.speeds.per_host)))
     config = work.config.model_copy(update={"train": train})
-    return dataclasses.replace(work, config=config, packs=packs, world=world, speeds=speeds)
+    return dataclasses.replace(work, config=config, packs=packs, world=world)

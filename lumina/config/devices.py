@@ -9,7 +9,7 @@ GB, GIB = 1e9, 2**30
 class Device:
     """Of one accelerator.
 
-    memory: bytes.
+    memory: bytes that CUDA finds on it, which may be less than its name says.
     tflops: dense bf16, without sparsity.
     tflops_fp32: of fp32 products as torch runs them by default, without TF32.
     bandwidth: bytes a second of its own memory.
@@ -34,9 +34,9 @@ _SHEETS = (
     Device("a100-40g", 40 * GIB, 312.0, 19.5, 1.555e12, 300 * GB, 25 * GB, 25 * GB),
     Device("a100-80g", 80 * GIB, 312.0, 19.5, 2.039e12, 300 * GB, 25 * GB, 25 * GB),
     Device("h100-80g", 80 * GIB, 989.0, 67.0, 3.35e12, 450 * GB, 50 * GB, 55 * GB),
-    Device("h200-141g", 141 * 10**9, 989.0, 67.0, 4.8e12, 450 * GB, 50 * GB, 55 * GB),
-    Device("b200-180g", 180 * 10**9, 2250.0, 75.0, 7.7e12, 900 * GB, 50 * GB, 55 * GB),
-    Device("l40s-48g", 48 * GIB, 362.0, 91.6, 0.864e12, 32 * GB, 25 * GB, 25 * GB),
+    Device("h200-141g", 139 * GIB, 989.0, 67.0, 4.8e12, 450 * GB, 50 * GB, 55 * GB),
+    Device("b200-180g", 178 * GIB, 2250.0, 75.0, 7.7e12, 900 * GB, 50 * GB, 55 * GB),
+    Device("l40s-48g", 44 * GIB, 362.0, 91.6, 0.864e12, 25 * GB, 25 * GB, 25 * GB),
 )
 DEVICES = {sheet.name: sheet for sheet in _SHEETS}
 

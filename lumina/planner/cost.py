@@ -13,11 +13,13 @@ from lumina.config.devices import Device
 from lumina.config.schema import ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flops import forward_flops
+from lumina.parallel.cuts import kv_head_counts
 from lumina.parallel.schedule import schedule
 from lumina.planner.activations import activations
 from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, RECEIVE, REDUCE_SCATTER, Messages
 from lumina.planner.traffic import FP32, WIDTH, Load, Place, pass_messages
 
+REACHED_OF_NETWORK = 0.85
 FLASH_BACKWARD = 2.5
 """What flash attention computes backward, in forward passes."""
 
@@ -47,7 +49,7 @@ class Speeds:
     cores: int | None = None
 
     @staticmethod
-    def of(device: Device, precision: str, per_host: int, network: float | None = None) -> "Speeds":
+    def of(device: Device, precision: str, per_host: int) -> "Speeds":
         """Of a GPU by its data sheet, less what is measured to be lost (docs/plan.md has the sources)."""
         peak = {"bf16": device.tflops, "fp32": device.tflops_fp32}[precision] * 1e12
         return Speeds(
@@ -57,7 +59,7 @@ class Speeds:
             bandwidth=0.90 * device.bandwidth,
             host=0.80 * device.host,
             link=0.80 * device.link,
-            network=0.85 * (device.network if network is None else network),
+            network=REACHED_OF_NETWORK * device.network,
             latency=20e-6,
             overhead=50e-6,
             per_host=per_host,
@@ -131,7 +133,7 @@ class Network:
     """Seconds of messages on the axes of a layout."""
 
     def __init__(self, parallel: ParallelConfig, world: int, speeds: Speeds):
-        self._speeds, self._strides = speeds, strides(parallel, world)
+        self._speeds, self._strides, self._world = speeds, strides(parallel, world), world
 
     def ranks(self, axis: str) -> int:
         return self._strides[axis][1]
@@ -143,19 +145,33 @@ class Network:
         """
         stride, size = self._strides[axis]
         speeds = self._speeds
-        if stride * size <= speeds.per_host:
+        if self._within_hosts(axis):
             return speeds.link
-        together = 1 if in_turn else max(1, speeds.per_host // stride)
+        together = 1 if in_turn else max(1, min(size, speeds.per_host // stride))
         return min(speeds.link, together * speeds.network)
+
+    def _within_hosts(self, axis: str) -> bool:
+        """Whether none of the axis's groups is on two hosts: also one that starts within the first may end there."""
+        stride, size = self._strides[axis]
+        return self._world <= self._speeds.per_host or self._speeds.per_host % (stride * size) == 0
 
     def seconds(self, axis: str, operation: str, size: float | int) -> float:
         """Of one message of `size` bytes, as `messages.Message` counts them."""
-        ranks = self._strides[axis][1]
+        stride, ranks = self._strides[axis]
+        speeds = self._speeds
+        if operation == ALL_TO_ALL and not self._within_hosts(axis):
+            # Each rank sends its own part through its own port; what stays on the host goes beside it.
+            here = max(1, min(ranks, speeds.per_host // stride))
+            leaves, stays = (ranks - here) / ranks * size, (here - 1) / ranks * size
+            return max(leaves / speeds.network, stays / speeds.link) + self.latency(axis)
         share = (ranks - 1) / ranks
-        factor = {ALL_REDUCE: 2 * share, ALL_GATHER: share, REDUCE_SCATTER: share, ALL_TO_ALL: share}.get(operation, 1)
-        return factor * size / self.bandwidth(axis, factor == 1) + self.latency(axis)
+        factor = {ALL_REDUCE: 2 * share, ALL_GATHER: share, REDUCE_SCATTER: share, ALL_TO_ALL: share}.get(operation)
+        if factor is None:  # to one neighbour
+            return size / self.bandwidth(axis, in_turn=True) + speeds.latency
+        return factor * size / self.bandwidth(axis) + self.latency(axis)
 
     def latency(self, axis: str) -> float:
+        """Of a collective."""
         return self._speeds.latency * max(1.0, math.log2(self._strides[axis][1]))
 
     def of_axis(self, messages: Messages, axis: str) -> float:
@@ -189,7 +205,10 @@ def pass_time(
     share = tokens / load.tokens
     gemm = blocks * (flops.on_tokens * share + flops.on_samples) / parallel.tensor
     attention = blocks * flops.attention * _share_of_scores(load.lengths, parallel.ring, place.ring)
-    attention /= parallel.tensor * parallel.ulysses
+    attention /= parallel.tensor
+    if parallel.ulysses > 1:
+        kv_heads = sizes.kv_heads // parallel.tensor
+        attention *= kv_head_counts(kv_heads, parallel.ulysses)[place.ulysses] / kv_heads
     attention += blocks * flops.text * share / parallel.tensor
     rows = 5 * held + (8 * tokens / parallel.tensor if sizes.qk_norm else 4 * tokens / parallel.tensor)
     touched = blocks * (rows * sizes.dim + 5 * tokens * sizes.ffn_dim / parallel.tensor + 4 * held * sizes.dim) * width

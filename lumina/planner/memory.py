@@ -18,7 +18,7 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.parallel.cuts import ON_FIRST_STAGE, cut, kind_of, stage_costs
 from lumina.planner.activations import activations
-from lumina.planner.traffic import FP32, WIDTH, Load, Place
+from lumina.planner.traffic import FP32, WIDTH, Load, Place, fullest_place
 
 _GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
 _ALL_REDUCED = 500_000_000  # elements that it flattens at once without ZeRO
@@ -196,7 +196,7 @@ def _of_stage(
     masters = 0 if zero == 0 else FP32 * share
     moments = 2 * FP32 * share
     ema = FP32 * min(share, total)  # without the padding, all of which is the last rank's
-    under_way = activations_under_way(config, sizes, world, load, Place(stage.blocks, number))
+    under_way = activations_under_way(config, sizes, world, load, fullest_place(parallel, stage.blocks, number))
     again = _passes(config, world) > 1
     moments_of_step = _moments(config, total, share, under_way.bytes, again=again, on_cpu=on_cpu)
     fullest = max(moments_of_step, key=lambda moment: moment.bytes)

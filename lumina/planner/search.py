@@ -20,7 +20,7 @@ from lumina.planner.cost import (
     step_time,
 )
 from lumina.planner.memory import MemoryPlan, fullest_stage, stage_parameters
-from lumina.planner.traffic import Load, Place
+from lumina.planner.traffic import Load, fullest_place
 
 _AXES = ("tensor", "pipeline", "ring", "ulysses")
 _OF_A_PASS = (*_AXES, "sequence", "recompute")
@@ -201,7 +201,9 @@ def time_of(work: Work, parallel: ParallelConfig) -> StepTime:
     if len(parts) < len(stages):
         parts[1:1] = [parts[1]] * (len(stages) - len(parts))
     if parallel.offload_activations:
-        moved = moved_seconds(sizes, parallel, precision, work.load, Place(stages[0].blocks), speeds)
+        moved = moved_seconds(
+            sizes, parallel, precision, work.load, fullest_place(parallel, stages[0].blocks, 0), speeds
+        )
         parts = [dataclasses.replace(part, recompute=part.recompute + moved) for part in parts]
     data = work.world // (parallel.tensor * parallel.pipeline * parallel.ring * parallel.ulysses)
     passes = work.packs // data
@@ -227,7 +229,7 @@ def _part(
     speeds: Speeds,
 ) -> Part:
     settings = ParallelConfig.model_construct(**dict(parallel))
-    return pass_time(sizes, settings, precision, load, Place(blocks, stage), world, speeds)
+    return pass_time(sizes, settings, precision, load, fullest_place(settings, blocks, stage), world, speeds)
 
 
 def _with(config: Config, axes: tuple[int, int, int, int]) -> ParallelConfig:

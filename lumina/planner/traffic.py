@@ -64,6 +64,11 @@ class Place:
         return _stretch(tokens, parallel.tensor, self.tensor) if parallel.sequence else tokens
 
 
+def fullest_place(parallel: ParallelConfig, blocks: range, pipeline: int) -> Place:
+    """Of a stage: where tokens and heads do not divide, the last ranks have those that are left over."""
+    return Place(blocks, pipeline, parallel.ring - 1, parallel.ulysses - 1, parallel.tensor - 1)
+
+
 def _stretch(total: int, parts: int, part: int) -> int:
     return total * (part + 1) // parts - total * part // parts  # as `bounds` cuts
 

@@ -20,8 +20,8 @@ from lumina.parallel.layout import check_layout, described
 from lumina.planner.cost import Network, Speeds, pass_time
 from lumina.planner.fit import fewest_devices, fits, largest_model, longest_sample
 from lumina.planner.memory import fullest_stage, largest, meta_model, place_of, plan_memory
-from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, SEND
-from lumina.planner.search import axes_of, best_of_each, candidate, search, usable, variants
+from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, SEND
+from lumina.planner.search import axes_of, best_of_each, candidate, search, time_of, usable, variants
 from lumina.planner.traffic import Load
 
 SMALL = ["model.dim=512", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=4"]
@@ -150,6 +150,31 @@ def test_messages_take_the_way_of_their_axis():
     assert network.seconds("gradient", ALL_GATHER, 100) == pytest.approx(0.75 * 100 / 20)
     slow = planned("parallel.ring=8").config.parallel
     assert Network(slow, 8, speeds).seconds("ring", SEND, 100) == pytest.approx(10.0)
+    # Half of what a rank has for others goes through its own port, whatever the ports of its neighbours.
+    spread = planned("parallel.ulysses=4", "model.n_kv_heads=8").config.parallel.model_copy(update={"ulysses": 8})
+    assert Network(spread, 8, speeds).seconds("ulysses", ALL_TO_ALL, 100) == pytest.approx(0.5 * 100 / 10)
+    # On hosts of 6, the second four ranks are on two of them.
+    six = dataclasses.replace(speeds, per_host=6)
+    four = planned("parallel.tensor=4").config.parallel
+    assert Network(four, 12, six).seconds("tensor", ALL_GATHER, 100) == pytest.approx(0.75 * 100 / 40)
+    assert Network(four, 12, speeds).seconds("tensor", ALL_GATHER, 100) == pytest.approx(0.75 * 100 / 100)
+    # A message to a neighbour waits once, a collective as often as it doubles.
+    late = dataclasses.replace(speeds, latency=1.0, link=1e30, network=1e30)
+    assert Network(slow, 8, late).seconds("ring", SEND, 100) == pytest.approx(1.0)
+    assert Network(spread, 8, late).seconds("ulysses", ALL_TO_ALL, 100) == pytest.approx(3.0)
+
+
+def test_the_slowest_rank_has_what_does_not_divide():
+    """Four key-value heads over three ranks: the last has two of them, and as many tokens as any."""
+    work = planned(gpus=3, tokens=4097)
+    parallel = work.config.parallel.model_copy(update={"ulysses": 3})
+    load = Load((4097,), (16,))
+    first, last = (
+        pass_time(work.sizes, parallel, "bf16", load, place_of(parallel, work.sizes, 3, rank), 3, work.speeds)
+        for rank in (0, 2)
+    )
+    assert last.attention > 1.9 * first.attention
+    assert time_of(dataclasses.replace(work, load=load, packs=1), parallel).attention == pytest.approx(last.attention)
 
 
 def test_the_longest_sample_fits_and_a_longer_does_not():
@@ -244,6 +269,10 @@ def test_a_plan_says_why_not(capsys):
         (["--gpus", "9", "parallel.tensor=2"], "no layout of these devices can run"),
         (["--fit", "tokens", "--memory", "3"], "nothing fits: not even a sample of 1,024 tokens"),
         (["--fit", "model", "--json"], "--fit prints one answer"),
+        (["--scaling", "weak", "--out", "x.json"], "--scaling prints one answer"),
+        (["--scaling", "weak", "--fit", "model"], "ask for different things"),
+        (["--memory", "inf"], "--memory must be a number above 0"),
+        (["--memory", "1"], "a device of 1.0 GiB has nothing to plan with"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, capsys):
