@@ -67,14 +67,11 @@ class Speeds:
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step, by what they go to; `total` is their sum.
+class Part:
+    """Seconds of one forward pass and its backward pass, on one rank; `total` is their sum.
 
     recompute: what the backward pass computes again, its messages apart, and what waits on the host going and coming.
     tensor, ring, ulysses, stages: messages that are waited for.
-    bubble: of the pipeline.
-    gradients: sums of gradients, and gathers of weights under ZeRO.
-    optimizer: update of weights, moments and EMA.
     """
 
     gemm: float
@@ -85,36 +82,29 @@ class StepTime:
     ring: float
     ulysses: float
     stages: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class StepTime(Part):
+    """Seconds of a step: those of its passes, and what is beside them.
+
+    bubble: of the pipeline.
+    gradients: sums of gradients, and gathers of weights under ZeRO.
+    optimizer: update of weights, moments and EMA.
+    """
+
     bubble: float
     gradients: float
     optimizer: float
 
     @property
-    def total(self) -> float:
-        return sum(vars(self).values())
-
-    @property
     def exposed(self) -> float:
         """Share that ranks wait for each other."""
         return 1 - (self.gemm + self.attention + self.elementwise + self.recompute + self.optimizer) / self.total
-
-
-@dataclass(frozen=True)
-class Part:
-    """Of one forward pass and its backward pass, on one rank: the terms of `StepTime` that are in it."""
-
-    gemm: float
-    attention: float
-    elementwise: float
-    recompute: float
-    tensor: float
-    ring: float
-    ulysses: float
-    stages: float
-
-    @property
-    def total(self) -> float:
-        return sum(vars(self).values())
 
 
 def strides(parallel: ParallelConfig, world: int) -> dict[str, tuple[int, int]]:
@@ -276,9 +266,7 @@ def _share_of_scores(lengths: tuple[int, ...], ring: int, rank: int) -> float:
     return met / sum(length * length for length in lengths)
 
 
-def step_time(
-    parts: list[Part], parallel: ParallelConfig, passes: int, gradients: float, optimizer: float, shared: float = 1.0
-) -> StepTime:
+def step_time(parts: list[Part], passes: int, gradients: float, optimizer: float, shared: float = 1.0) -> StepTime:
     """Of `passes` micro-batches through stages that take `parts` each.
 
     Args:

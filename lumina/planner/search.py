@@ -95,17 +95,11 @@ def search(work: Work) -> tuple[list[Candidate], list[Refused]]:
     """All variants of all layouts, the fastest that fits first; and what is refused."""
     found: list[Candidate] = []
     refused: list[Refused] = []
-    for axes in axes_of(work.world, work.sizes.n_layers):
-        if not all(
-            getattr(work.config.parallel, n) == size for n, size in zip(_AXES, axes, strict=True) if n in work.fixed
-        ):
-            continue
-        try:
-            _check(work, _with(work.config, axes))
-        except ValueError as error:
-            refused.append(Refused(axes, str(error)))
-            continue
-        found += [candidate(work, parallel) for parallel in variants(work, axes)]
+    for axes, reason in _axes_looked_at(work):
+        if reason is not None:
+            refused.append(Refused(axes, reason))
+        else:
+            found += [candidate(work, parallel) for parallel in variants(work, axes)]
     found.sort(key=lambda one: (not one.fits, one.time.total if one.fits else one.memory.on_device))
     return found, refused
 
@@ -129,6 +123,19 @@ def axes_of(world: int, layers: int) -> Iterator[tuple[int, int, int, int]]:
                 for ulysses in sizes:
                     if world % (tensor * pipeline * ring * ulysses) == 0:
                         yield tensor, pipeline, ring, ulysses
+
+
+def _axes_looked_at(work: Work) -> Iterator[tuple[tuple[int, int, int, int], str | None]]:
+    """All that have what is fixed; with the reason where a layout of theirs cannot run."""
+    for axes in axes_of(work.world, work.sizes.n_layers):
+        parallel = _with(work.config, axes)
+        if work.allows(parallel, _AXES):
+            try:
+                _check(work, parallel)
+            except ValueError as error:
+                yield axes, str(error)
+            else:
+                yield axes, None
 
 
 def variants(work: Work, axes: tuple[int, int, int, int]) -> Iterator[ParallelConfig]:
@@ -173,14 +180,8 @@ def memory_of(work: Work, parallel: ParallelConfig) -> MemoryPlan:
 def smallest(work: Work) -> tuple[ParallelConfig, MemoryPlan] | None:
     """The layout that takes least of a device, of those that fit if any does; None where none can run."""
     found: list[tuple[bool, int, ParallelConfig, MemoryPlan]] = []
-    for axes in axes_of(work.world, work.sizes.n_layers):
-        if not work.allows(_with(work.config, axes), _AXES):
-            continue
-        try:
-            _check(work, _with(work.config, axes))
-        except ValueError:
-            continue
-        for parallel in variants(work, axes):
+    for axes, reason in _axes_looked_at(work):
+        for parallel in variants(work, axes) if reason is None else ():
             memory = memory_of(work, parallel)
             found.append((not work.holds(memory), memory.on_device, parallel, memory))
     return min(found, key=lambda one: one[:2])[2:] if found else None
@@ -214,7 +215,7 @@ def time_of(work: Work, parallel: ParallelConfig) -> StepTime:
     gradients = gradient_seconds(parallel, precision, fullest.elements, fullest.of_block, passes, network)
     here = min(work.world, speeds.per_host)
     shared = 1.0 if speeds.cores is None else max(1.0, here / speeds.cores)
-    return step_time(parts, parallel, passes, gradients, optimizer_seconds(parallel, precision, share, speeds), shared)
+    return step_time(parts, passes, gradients, optimizer_seconds(parallel, precision, share, speeds), shared)
 
 
 @lru_cache(maxsize=100_000)

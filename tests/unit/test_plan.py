@@ -17,7 +17,7 @@ from lumina.config.devices import DEVICES
 from lumina.config.load import load_config
 from lumina.model.flops import forward_flops
 from lumina.parallel.layout import check_layout, described
-from lumina.planner.cost import Network, Speeds, pass_time
+from lumina.planner.cost import Network, Part, Speeds, pass_time, step_time
 from lumina.planner.fit import fewest_devices, fits, largest_model, longest_sample
 from lumina.planner.memory import fullest_stage, largest, meta_model, place_of, plan_memory
 from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, SEND
@@ -162,6 +162,15 @@ def test_messages_take_the_way_of_their_axis():
     late = dataclasses.replace(speeds, latency=1.0, link=1e30, network=1e30)
     assert Network(slow, 8, late).seconds("ring", SEND, 100) == pytest.approx(1.0)
     assert Network(spread, 8, late).seconds("ulysses", ALL_TO_ALL, 100) == pytest.approx(3.0)
+
+
+def test_a_step_of_a_pipeline():
+    """Four passes through stages of 2, 3 and 1 seconds: the slowest four times, and the others once, in and out."""
+    parts = [Part(seconds, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0) for seconds in (2.0, 3.0, 1.0)]
+    time = step_time(parts, 4, gradients=0.5, optimizer=0.25)
+    assert (time.gemm, time.bubble, time.total) == pytest.approx((12.0, 3.0, 15.75))
+    # On cores that three ranks take turns on, a stage that waits costs nothing: 4 × 6 seconds of work.
+    assert step_time(parts, 4, 0.0, 0.0, shared=3.0).total == pytest.approx(24.0)
 
 
 def test_the_slowest_rank_has_what_does_not_divide():
