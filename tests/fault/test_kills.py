@@ -88,14 +88,14 @@ def test_killed_in_the_middle_of_saves(tmp_path):
     """Saves one after another, by two ranks of one process; what the newest holds is what was saved then."""
     draw, context = random.Random(11), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.parallel.preload"])
-    steps = []
+    steps: list[int] = []
     for number in range(SAVE_KILLS):
         run_dir = tmp_path / f"run{number % 4}"
         saving = context.Process(target=_save_on_and_on, args=(run_dir, bool(number % 2)))
-        (run_dir / "begun").unlink(missing_ok=True)
+        before = steps[-4] if number >= 4 else 0
         saving.start()
-        # From the first save on, anywhere in one that follows.
-        while not (run_dir / "begun").exists() or not checkpoints_of(run_dir):
+        # From its first save on, anywhere in one that follows.
+        while _newest_of(run_dir) == before and saving.is_alive():
             time.sleep(0.002)
         time.sleep(draw.uniform(0.0, 0.25))
         saving.kill()
@@ -106,9 +106,14 @@ def test_killed_in_the_middle_of_saves(tmp_path):
             assert checkpoint.damage() == "", f"kill {number}"
             step = checkpoint.manifest.step
             assert torch.equal(checkpoint.read("master", "w0"), values_of(step))
+        assert step > before, "the save before the kill is lost"
         steps.append(step)
     print(f"newest steps after {SAVE_KILLS} kills: {steps}")
-    assert max(steps) > 8
+
+
+def _newest_of(run_dir: Path) -> int:
+    """The step of the newest checkpoint by its folder's name, 0 without one."""
+    return max((int(folder.name.removeprefix("step_")) for folder in checkpoints_of(run_dir)), default=0)
 
 
 def values_of(step: int) -> torch.Tensor:
@@ -121,9 +126,6 @@ def _save_on_and_on(run_dir: Path, asynchronous: bool) -> None:
     config = validate(tree, "test")
     folders = checkpoints_of(run_dir)
     first = Checkpoint(folders[-1]).manifest.step + 1 if folders else 1
-
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / "begun").touch()
 
     def work(mesh):
         saver, half = Saver(run_dir, config, mesh), 20_000 * mesh.world.rank
