@@ -23,7 +23,9 @@ def deepspeed_config(config: Config, accumulation_steps: int, elements: int) -> 
         # ZeRO 0 in fp32 leaves clipping to our optimizer (see parallel.engine).
         "gradient_clipping": config.train.clip_norm if config.parallel.zero_stage else 0.0,
         "bf16": {"enabled": bf16},
+        # Over passes and over ranks gradients add up in fp32: bf16 would lose the small ones, the more the more ranks.
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,

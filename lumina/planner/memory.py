@@ -202,9 +202,13 @@ def _of_stage(
     fullest = max(moments_of_step, key=lambda moment: moment.bytes)
     on_host = under_way.on_host if fullest.activations else 0
     gradients = fullest.gradients
+    buffers = fullest.buffers
     if parallel.offload_optimizer:
-        on_host += masters + moments + ema + FP32 * share
-        gradients += FP32 * share
+        # The gradients of the update and, where they are not kept on the device, those of passes before; new weights.
+        waiting = FP32 * share * (1 + int(zero == 3 or (again and width == FP32)))
+        published = 0 if zero == 3 else width * share
+        gradients, buffers = gradients + waiting, buffers + published
+        on_host += masters + moments + ema + waiting + published
     return MemoryPlan(
         stage=number,
         parameters=total + fixed,
@@ -213,7 +217,7 @@ def _of_stage(
         masters=masters,
         moments=moments,
         ema=ema,
-        buffers=fullest.buffers,
+        buffers=buffers,
         activations=fullest.activations,
         on_host=on_host,
         loading=FP32 * whole,
@@ -244,7 +248,7 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
     """
     zero, width, bucket = config.parallel.zero_stage, WIDTH[config.precision], min(REDUCE_BUCKET, total)
     whole, part, before = FP32 * total, FP32 * share, int(again)
-    on_host = config.parallel.offload_optimizer
+    on_host, mixed = config.parallel.offload_optimizer, width != FP32
     if zero == 0:
         flat = FP32 * min(_ALL_REDUCED, total)
         # On a GPU the update takes one value more of each parameter, for all at once.
@@ -252,27 +256,32 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
         return [_Moment(before * whole, 0, activations), _Moment(whole, flat, 0), _Moment(whole, beside, 0)]
     # The update works on one flat tensor; torch's AdamW of many passes takes two values more of each.
     update = 0 if on_host else part if on_cpu else 3 * part
-    if zero == 1 and width != FP32:
+    if zero == 1 and mixed and not on_host:
         # Gradients are summed in fp32 beside those of the pass, which stay until the next one.
-        reduced = _Moment(whole, FP32 * bucket, 0)
         return [
             _Moment(before * whole, 0, activations),
-            reduced,
+            _Moment(whole, FP32 * bucket, 0),
             _Moment(whole + width * total, max(0, update - part), 0),
         ]
+    # Where sums of gradients are kept in fp32 though weights are not, they stay on the device.
+    sums = part if mixed or not on_host else 0
     if zero == 1:
-        return [_Moment(before * whole, 0, activations), _Moment(whole, FP32 * bucket, 0), _Moment(0, update, 0)]
-    buffer = width * bucket
+        kept = sums if on_host else before * whole
+        reduced = _Moment(whole + on_host * sums, FP32 * bucket, 0)
+        return [_Moment(kept, FP32 * bucket, activations), reduced, _Moment(0, update, 0)]
     if zero == 2:
-        sums = 0 if on_host else part
-        started = _Moment(before * sums, buffer, activations)
-        return [started, _Moment(sums + width * bucket, buffer, 0), _Moment(0, update, 0)]
-    gathered = width * min(_GATHERED, total)
+        started = _Moment(before * sums, width * bucket, activations)
+        flat = width * bucket + mixed * FP32 * bucket  # what is reduced, and its copy in fp32
+        return [started, _Moment(sums + width * bucket, flat, 0), _Moment(0, update, 0)]
     sums = 0 if on_host else part
-    started = _Moment(sums, buffer + gathered, activations)
+    gathered = width * min(_GATHERED, total)
+    buffer = FP32 * bucket
+    # One bucket holds all: then no weight is gathered any more. gloo takes a copy of all that it reduces and scatters.
+    left = 0 if bucket == total else gathered
+    reduced = FP32 * (bucket + (bucket if on_cpu else min(bucket, share)))
     return [
-        started,
-        _Moment(sums, buffer + gathered + width * (bucket + min(bucket, share)), 0),
+        _Moment(sums, buffer + gathered, activations),
+        _Moment(sums, buffer + left + reduced, 0),
         _Moment(sums, buffer + update, 0),
     ]
 

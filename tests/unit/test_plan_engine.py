@@ -13,6 +13,7 @@ from tests.parallel.workers import free_port, run_ranks
 
 TOKENS, CAPTION = 64, 16
 SIZES = ("model.dim=256", "model.n_layers=6", "model.n_heads=4", "model.cap_feat_dim=64")
+OFFLOAD = ",offload"  # of the optimizer
 LAYOUTS = [  # of two ranks
     ("zero=0", "fp32"),
     ("zero=1", "fp32"),
@@ -22,6 +23,10 @@ LAYOUTS = [  # of two ranks
     ("zero=3", "fp32"),
     ("zero=3", "bf16"),
     ("tp=2,zero=1", "bf16"),
+    ("zero=1,offload", "fp32"),
+    ("zero=1,offload", "bf16"),
+    ("zero=2,offload", "bf16"),
+    ("zero=3,offload", "bf16"),
 ]
 
 
@@ -29,7 +34,7 @@ def point(layout, dtype):
     return Point(
         model="600m",
         tokens=TOKENS,
-        layout=layout,
+        layout=layout.removesuffix(OFFLOAD),
         samples=1,
         packs=2,
         text_tokens=CAPTION,
@@ -38,7 +43,7 @@ def point(layout, dtype):
         warm_up=0,
         profile_steps=0,
         peak=None,
-        overrides=SIZES,
+        overrides=(*SIZES, f"parallel.offload_optimizer={layout.endswith(OFFLOAD)}"),
     )
 
 
@@ -76,5 +81,6 @@ def test_a_step_holds_what_was_planned():
         load = Load((token_count(frames, height, width, sizes.patch_size, True),), (CAPTION,))
         plan = largest(plan_memory(config, sizes, 2, load, on_cpu=True))
         measured = max(peaks)
-        print(f"{layout} {dtype}: {plan.on_device / measured:.3f} of {measured / 2**20:.1f} MiB")
-        assert plan.on_device == pytest.approx(measured, rel=0.08), layout
+        planned = plan.on_device + plan.on_host  # here both are the same memory
+        print(f"{layout} {dtype}: {planned / measured:.3f} of {measured / 2**20:.1f} MiB")
+        assert planned == pytest.approx(measured, rel=0.09), layout
