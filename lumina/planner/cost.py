@@ -286,36 +286,6 @@ def step_time(parts: list[Part], passes: int, gradients: float, optimizer: float
     return StepTime(**terms, bubble=bubble, gradients=gradients * shared, optimizer=optimizer * shared)
 
 
-def gradient_seconds(
-    parallel: ParallelConfig, precision: str, elements: int, largest_block: int, passes: int, network: Network
-) -> float:
-    """What DeepSpeed exchanges over data × ring × ulysses in a step.
-
-    Args:
-        elements: parameters of this rank before ZeRO shards them.
-        largest_block: those of one block, which ZeRO 3 gathers at once.
-        passes: micro-batches.
-    """
-    width, zero = WIDTH[precision], parallel.zero_stage
-    if network.ranks("gradient") == 1:
-        return 0.0
-
-    def seconds(operation: str, size: int, calls: float = 1.0) -> float:
-        return network.seconds("gradient", operation, size / calls) * calls
-
-    if zero == 0:
-        return seconds(ALL_REDUCE, FP32 * elements)
-    if zero == 3:
-        blocks = max(1.0, elements / max(1, largest_block))
-        gathers = 2 if parallel.recompute == "none" else 3
-        of_pass = gathers * seconds(ALL_GATHER, width * elements, blocks) + seconds(
-            REDUCE_SCATTER, FP32 * elements, blocks
-        )
-        return passes * of_pass
-    times = passes if zero == 2 else 1
-    return times * seconds(ALL_REDUCE, FP32 * elements) + seconds(ALL_GATHER, width * elements)
-
-
 def optimizer_seconds(parallel: ParallelConfig, precision: str, share: int, speeds: Speeds) -> float:
     """Reads and writes of gradients (for the norm, too), masters, moments, EMA and working weights, once each."""
     moved = share * (2 * FP32 + 2 * FP32 + 4 * FP32 + 2 * FP32 + WIDTH[precision])

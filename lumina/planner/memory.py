@@ -18,10 +18,8 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.parallel.cuts import ON_FIRST_STAGE, cut, kind_of, stage_costs
 from lumina.planner.activations import activations
-from lumina.planner.traffic import FP32, WIDTH, Load, Place, fullest_place
+from lumina.planner.traffic import ALL_REDUCED, FP32, GATHERED, WIDTH, Load, Place, fullest_place
 
-_GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
-_ALL_REDUCED = 500_000_000  # elements that it flattens at once without ZeRO
 _ALIGNMENT = 2  # elements, of a flat partition of ZeRO 1 and 2
 
 
@@ -250,7 +248,7 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
     whole, part, before = FP32 * total, FP32 * share, int(again)
     on_host, mixed = config.parallel.offload_optimizer, width != FP32
     if zero == 0:
-        flat = FP32 * min(_ALL_REDUCED, total)
+        flat = FP32 * min(ALL_REDUCED, total)
         # On a GPU the update takes one value more of each parameter, for all at once.
         beside = 0 if on_cpu else whole
         return [_Moment(before * whole, 0, activations), _Moment(whole, flat, 0), _Moment(whole, beside, 0)]
@@ -274,7 +272,7 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
         flat = width * bucket + mixed * FP32 * bucket  # what is reduced, and its copy in fp32
         return [started, _Moment(sums + width * bucket, flat, 0), _Moment(0, update, 0)]
     sums = 0 if on_host else part
-    gathered = width * min(_GATHERED, total)
+    gathered = width * min(GATHERED, total)
     buffer = FP32 * bucket
     # One bucket holds all: then no weight is gathered any more. gloo takes a copy of all that it reduces and scatters.
     left = 0 if bucket == total else gathered

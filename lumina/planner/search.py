@@ -13,14 +13,13 @@ from lumina.planner.cost import (
     Part,
     Speeds,
     StepTime,
-    gradient_seconds,
     moved_seconds,
     optimizer_seconds,
     pass_time,
     step_time,
 )
 from lumina.planner.memory import MemoryPlan, fullest_stage, stage_parameters
-from lumina.planner.traffic import Load, fullest_place
+from lumina.planner.traffic import Load, fullest_place, gradient_messages
 
 _AXES = ("tensor", "pipeline", "ring", "ulysses")
 _OF_A_PASS = (*_AXES, "sequence", "recompute")
@@ -212,7 +211,8 @@ def time_of(work: Work, parallel: ParallelConfig) -> StepTime:
     network = Network(parallel, work.world, speeds)
     shards = network.ranks("gradient")
     share = fullest.elements if parallel.zero_stage == 0 else -(-fullest.elements // shards)
-    gradients = gradient_seconds(parallel, precision, fullest.elements, fullest.of_block, passes, network)
+    exchanged = gradient_messages(parallel, precision, fullest.elements, fullest.of_block, passes, shards)
+    gradients = network.of_axis(exchanged, "gradient")
     here = min(work.world, speeds.per_host)
     shared = 1.0 if speeds.cores is None else max(1.0, here / speeds.cores)
     return step_time(parts, passes, gradients, optimizer_seconds(parallel, precision, share, speeds), shared)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lumina.config.deepspeed import REDUCE_BUCKET
 from lumina.config.schema import ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.parallel.cuts import bounds, kv_head_counts
@@ -25,6 +26,9 @@ from lumina.planner.messages import (
 
 FP32 = 4
 WIDTH = {"fp32": FP32, "bf16": 2}  # bytes of a value
+GATHERED = 10**9  # elements that ZeRO 3 keeps gathered: DeepSpeed's stage3_max_live_parameters
+ALL_REDUCED = 500_000_000  # elements that it flattens at once without ZeRO
+_FETCHED = 50_000_000  # elements that ZeRO 3 gathers at once, if blocks are smaller: stage3_prefetch_bucket_size
 SHAPES_BYTES = 256 * 4  # deepspeed.runtime.pipe.engine.TENSOR_META_SIZE integers
 
 
@@ -225,3 +229,41 @@ def pass_messages(sizes: FlagDiTConfig, parallel: ParallelConfig, precision: str
         add(one.between_stages(), ends)
         add(one.announced())
     return found
+
+
+def gradient_messages(
+    parallel: ParallelConfig, precision: str, elements: int, of_block: int, passes: int, shards: int
+) -> Messages:
+    """What DeepSpeed exchanges over data × ring × ulysses in a step: gradients in fp32, weights as they are.
+
+    Bytes of each operation are those of real steps (tests/unit/test_plan_engine.py), but for ZeRO's padding; into how
+    many calls they come is by the sizes of buckets alone, which end where a parameter does. Norms are not counted.
+
+    Args:
+        elements: trained, of this rank before ZeRO shards them; `of_block` of them those of a block.
+        passes: micro-batches.
+        shards: ranks that they are exchanged over.
+    """
+    if shards == 1:
+        return Messages()
+    width, zero = WIDTH[precision], parallel.zero_stage
+    if zero == 0:
+        return _in_calls(ALL_REDUCE, elements, ALL_REDUCED, FP32)
+    if zero == 3:
+        # What is gathered for the forward pass and still there, the backward pass does not gather again.
+        gathered = elements + max(0, elements - GATHERED)
+        of_pass = _in_calls(ALL_GATHER, gathered, max(_FETCHED, of_block), width)
+        of_pass += _in_calls(REDUCE_SCATTER, elements, REDUCE_BUCKET, FP32)
+        return Counter({message: count * passes for message, count in of_pass.items()})
+    summed = _in_calls(ALL_REDUCE, elements, REDUCE_BUCKET, FP32)
+    times = passes if zero == 2 else 1
+    return Counter({message: count * times for message, count in summed.items()}) + Counter(
+        {Message("gradient", ALL_GATHER, width * elements): 1}
+    )
+
+
+def _in_calls(operation: str, elements: int, at_once: int, width: int) -> Messages:
+    """So many elements, as many at once as there may be."""
+    calls, rest = divmod(elements, at_once)
+    whole = {Message("gradient", operation, width * at_once): calls} if calls else {}
+    return Counter(whole) + Counter({Message("gradient", operation, width * rest): 1} if rest else {})
