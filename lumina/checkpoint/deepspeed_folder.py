@@ -23,6 +23,8 @@ from lumina.model.inert import StandIn
 from lumina.model.public import sizes_of
 
 LATEST = "latest"
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+"""DeepSpeed's ZeroStageEnum, whose members some versions of Python 3.11 write by their names."""
 
 
 def tag_folder(path: Path) -> Path | None:
@@ -103,6 +105,7 @@ class DeepSpeedSource(Source):
         paddings = first.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
         stage = first.get("zero_stage")
         stage = stage.arguments[0] if isinstance(stage, StandIn) and stage.arguments else stage
+        stage = _STAGES.get(stage, stage)
         self.training = {"zero_stage": stage or 1, "data_parallel": world}  # BF16_Optimizer, of ZeRO 1, does not say
         adam = self._adam(0)
         if adam["state"]:

@@ -31,7 +31,14 @@ _STOOD_IN_FOR = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-_ALLOWED = [argparse.Namespace, *((StandIn, name) for name in _STOOD_IN_FOR)]
+
+
+def _member(of: Any, name: Any) -> StandIn:
+    """In place of `getattr`, which some versions of Python 3.11 write for members of enumerations: a name alone."""
+    return StandIn(name)
+
+
+_ALLOWED = [argparse.Namespace, (_member, "builtins.getattr"), *((StandIn, name) for name in _STOOD_IN_FOR)]
 
 
 def load_inert(path: Path, *, skeleton: bool = False) -> Any:

@@ -1,6 +1,7 @@
 """DeepSpeed's folders: put together by parameter as DeepSpeed itself does, and refused where something is amiss."""
 
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +70,34 @@ def test_masters_are_those_of_zero_to_fp32(folders, stage, dtype):
     missing = ours.keys() - theirs.keys()
     assert missing == (set() if stage > 1 else {"pad_token"})
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name].float())] == []
+
+
+class _ByName:
+    """Pickled as a member of DeepSpeed's enumeration is by Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __reduce__(self):
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return getattr, (ZeroStageEnum, self.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "member"), [(1, "optimizer_states"), (2, "gradients"), (3, "weights")])
+def test_stages_that_are_pickled_by_name(tmp_path, folders, stage, member):
+    shutil.copytree(folders / f"{stage}_fp32_2", tmp_path / "folder")
+    for file in (tmp_path / "folder").rglob("*optim_states.pt"):
+        state = torch.load(file, weights_only=False)
+        state["optimizer_state_dict"]["zero_stage"] = _ByName(member)
+        torch.save(state, file)
+    source = open_source(tmp_path / "folder")
+    assert source.training["zero_stage"] == stage
+    assert_equal(
+        {name: source.read("master", name) for name in source.tensors["master"] if name != "pad_token"},
+        torch.load(folders / f"{stage}_fp32_2" / "expected.pt", weights_only=True)["master"],
+    )
 
 
 @pytest.mark.slow

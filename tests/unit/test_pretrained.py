@@ -341,17 +341,34 @@ class Payload:
 def test_a_refused_pickle_is_told_by_what_it_names(tmp_path, module):
     """Torch words it otherwise for modules that it blocks, and then advises to load the file without protection."""
     file, named = tmp_path / "model_args.pth", "system" if module == "builtins" else f"{module}.system"
-    torch.save({"a": torch.zeros(1)}, file)
-    with zipfile.ZipFile(file) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    code = f"c{module}\nsystem\n(S'true'\ntR.".encode()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, b"\x80\x02" + code if name.endswith("data.pkl") else data)
+    _with_pickle(file, f"\x80\x02c{module}\nsystem\n(S'true'\ntR.".encode("latin-1"))
     with pytest.raises(ValueError, match="refused, it is damaged") as caught:
         load_inert(file)
     assert f"(it names {named})" in str(caught.value)
     assert "weights_only" not in str(caught.value)
+
+
+def test_getattr_of_a_pickle_gets_nothing(tmp_path):
+    """Some versions of Python write members of enumerations so; of what else has attributes, nothing is had."""
+    file = tmp_path / "a.pth"
+    code = (
+        b"\x80\x02c__builtin__\ngetattr\n(cdeepspeed.utils.tensor_fragment\nfragment_address\nX\x09\0\0\0__class__tR."
+    )
+    _with_pickle(file, code)
+    assert load_inert(file).arguments == ("__class__",)
+    _with_pickle(file, b"\x80\x02c__builtin__\ngetattr\n(cos\npath\nX\x03\0\0\0septR.")
+    with pytest.raises(ValueError, match=r"it names os\.path"):
+        load_inert(file)
+
+
+def _with_pickle(file: Path, code: bytes) -> None:
+    """A file of `torch.save` with another pickle in it."""
+    torch.save({"a": torch.zeros(1)}, file)
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, code if name.endswith("data.pkl") else data)
 
 
 @pytest.mark.parametrize("where", ["consolidated.00-of-01.pth", "consolidated_ema.00-of-01.pth", "model_args.pth"])
