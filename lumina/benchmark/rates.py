@@ -10,6 +10,7 @@ import torch
 from lumina.benchmark import record
 from lumina.config.devices import Device
 from lumina.kernels import AttentionPlan, attention
+from lumina.parallel.gloo_speed import gloo_speed
 from lumina.planner.cost import Speeds
 
 _SIDE = {"cuda": 8192, "cpu": 1024}
@@ -17,14 +18,15 @@ _TOKENS = {"cuda": 16_384, "cpu": 1024}
 _COPIED = {"cuda": 2**30, "cpu": 2**27}
 _HEADS, _HEAD = 16, 128
 _REPEATS = 3
+_MESSENGERS = 8  # processes, at most, between which messages are measured
 
 
 @functools.cache
 def here(precision: str, per_host: int) -> tuple[Device, Speeds]:
     """This machine's device, and what one rank reaches alone; on a CPU with one thread, as ranks that share its cores.
 
-    Messages between ranks of a CPU are copies through memory. Other links are not measured: give what `lumina benchmark
-    network` found.
+    Messages between ranks of a CPU are measured between as many processes, which share its cores. Other links are not:
+    give what `lumina benchmark network` found.
     """
     device = record.device_of(None)
     threads = torch.get_num_threads()
@@ -59,8 +61,12 @@ def _measured(device: torch.device, precision: str, per_host: int) -> tuple[Devi
 
         cores = os.cpu_count() or 1
         memory, name = psutil.virtual_memory().total // per_host, "a share of this host"
-        # gloo writes to a socket and reads from it; what a block costs in Python shows where it is small.
-        link, latency, overhead = copied / 8, 300e-6, 1.5e-3
+        # What a block costs in Python shows where it is small.
+        link, latency, overhead = copied, 0.0, 1.5e-3
+        if per_host > 1:
+            # A plan has each rank's time alone, and stretches it by the ranks that take turns on a core.
+            messages, in_turn = gloo_speed(min(per_host, _MESSENGERS)), max(1.0, min(per_host, _MESSENGERS) / cores)
+            link, latency = messages.bandwidth * in_turn, messages.hop / in_turn
     peak = gemm / 1e12
     found = Device(name, int(memory), peak, peak, copied, link, link, copied)
     speeds = Speeds(gemm, forward, backward, copied, copied, link, link, latency, overhead, per_host, cores)

@@ -31,9 +31,11 @@ class Speeds:
     gemm, attention_forward, attention_backward: FLOP/s.
     bandwidth: bytes a second of its memory; host: to and from the host's.
     link, network: bytes a second that it sends within its host, and to others.
-    latency: seconds of a message beyond its bytes; overhead: of launching what a block computes, forward.
+    latency: seconds of a message beyond its bytes, of each turn that a collective takes.
+    overhead: seconds of launching what a block computes, forward.
     per_host: ranks of a host.
-    cores: ranks of a host that compute at once at this speed; the others wait. None: all.
+    cores: ranks of a host that compute at once at this speed; the others wait, and what messages take is taken from
+        computing. None: all.
     """
 
     gemm: float
@@ -153,16 +155,19 @@ class Network:
             # Each rank sends its own part through its own port; what stays on the host goes beside it.
             here = max(1, min(ranks, speeds.per_host // stride))
             leaves, stays = (ranks - here) / ranks * size, (here - 1) / ranks * size
-            return max(leaves / speeds.network, stays / speeds.link) + self.latency(axis)
+            return max(leaves / speeds.network, stays / speeds.link) + self.latency(axis, operation)
         share = (ranks - 1) / ranks
         factor = {ALL_REDUCE: 2 * share, ALL_GATHER: share, REDUCE_SCATTER: share, ALL_TO_ALL: share}.get(operation)
         if factor is None:  # to one neighbour
             return size / self.bandwidth(axis, in_turn=True) + speeds.latency
-        return factor * size / self.bandwidth(axis) + self.latency(axis)
+        return factor * size / self.bandwidth(axis) + self.latency(axis, operation)
 
-    def latency(self, axis: str) -> float:
-        """Of a collective."""
-        return self._speeds.latency * max(1.0, math.log2(self._strides[axis][1]))
+    def latency(self, axis: str, operation: str) -> float:
+        """Of a collective: NCCL's by trees, gloo's from each rank to the next."""
+        ranks = self._strides[axis][1]
+        # gloo reduces and scatters by an all-reduce.
+        turns = (2 if operation in (ALL_REDUCE, REDUCE_SCATTER) else 1) * (ranks - 1)
+        return self._speeds.latency * max(1.0, math.log2(ranks) if self._speeds.cores is None else turns)
 
     def of_axis(self, messages: Messages, axis: str) -> float:
         """All of an axis, one after another; what is received comes while something is sent."""
@@ -212,8 +217,9 @@ def pass_time(
     runs = forward["attention"] * (2 if parallel.recompute == "full" else 1) + attention_back
     ring = 0.0
     if parallel.ring > 1:
-        # A block of keys travels while another is worked on.
-        ring = max(0.0, network.of_axis(messages, "ring") - runs * (1 - 1 / parallel.ring))
+        ring = network.of_axis(messages, "ring")
+        if speeds.cores is None:  # a block of keys travels while another is worked on
+            ring = max(0.0, ring - runs * (1 - 1 / parallel.ring))
     return Part(
         gemm=3 * forward["gemm"],
         attention=forward["attention"] + attention_back,
