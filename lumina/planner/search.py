@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
@@ -66,10 +66,15 @@ class Work:
 class Candidate:
     """A layout with all that goes with it; `memory` of its fullest stage."""
 
+    work: Work
     parallel: ParallelConfig
     memory: MemoryPlan
-    time: StepTime
     fits: bool
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of a step; reckoned when it is first asked for."""
+        return time_of(self.work, self.parallel)
 
     @property
     def axes(self) -> tuple[int, int, int, int]:
@@ -91,16 +96,32 @@ def usable(memory: int) -> float:
 
 
 def search(work: Work) -> tuple[list[Candidate], list[Refused]]:
-    """All variants of all layouts, the fastest that fits first; and what is refused."""
+    """Variants of all layouts, the fastest that fits first; and what is refused.
+
+    Of variants that fit and differ in what is computed again or waits on the host, there is the one that keeps most:
+    the others take longer.
+    """
     found: list[Candidate] = []
     refused: list[Refused] = []
     for axes, reason in _axes_looked_at(work):
         if reason is not None:
             refused.append(Refused(axes, reason))
         else:
-            found += [candidate(work, parallel) for parallel in variants(work, axes)]
+            found += _looked_at(work, axes)
     found.sort(key=lambda one: (not one.fits, one.time.total if one.fits else one.memory.on_device))
     return found, refused
+
+
+def _looked_at(work: Work, axes: tuple[int, int, int, int]) -> Iterator[Candidate]:
+    """Variants of a layout, but those of which a faster one is known to fit."""
+    settled = set()
+    for parallel in variants(work, axes):
+        kind = parallel.sequence, parallel.zero_stage, parallel.offload_optimizer
+        if kind not in settled:
+            one = candidate(work, parallel)
+            if one.fits:
+                settled.add(kind)
+            yield one
 
 
 def best_of_each(candidates: list[Candidate]) -> list[Candidate]:
@@ -138,7 +159,7 @@ def _axes_looked_at(work: Work) -> Iterator[tuple[tuple[int, int, int, int], str
 
 
 def variants(work: Work, axes: tuple[int, int, int, int]) -> Iterator[ParallelConfig]:
-    """All else that a layout leaves open, but what is fixed."""
+    """All else that a layout leaves open, but what is fixed; of those that keep more or less, the fastest first."""
     return filter(work.allows, _variants(work.config, axes, offload=work.speeds.cores is None))
 
 
@@ -165,9 +186,9 @@ def _variants(config: Config, axes: tuple[int, int, int, int], *, offload: bool)
 
 
 def candidate(work: Work, parallel: ParallelConfig) -> Candidate:
-    """A layout's memory and time."""
+    """A layout, and whether it fits."""
     memory = memory_of(work, parallel)
-    return Candidate(parallel, memory, time_of(work, parallel), work.holds(memory))
+    return Candidate(work, parallel, memory, work.holds(memory))
 
 
 def memory_of(work: Work, parallel: ParallelConfig) -> MemoryPlan:

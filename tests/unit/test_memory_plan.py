@@ -99,7 +99,8 @@ def test_offload_moves_and_does_not_add(tmp_path):
     (here,), (there,) = (plan_memory(config, model_config(config), 4) for config in (kept, moved))
     assert here.masters + here.moments + here.ema == there.masters + there.moments + there.ema
     assert here.on_host == 0
-    assert there.on_host == there.masters * 2 + there.moments + there.ema
+    # Beside the optimizer's state there are gradients and, until they are on the device, new weights.
+    assert there.on_host == there.masters * 3 + there.moments + there.ema
     assert here.on_device - there.on_device >= there.masters + there.moments + there.ema
 
 
