@@ -94,7 +94,16 @@ def _add_generated(recipes: argparse._SubParsersAction) -> None:
     moving.add_argument("--frames", type=int, default=4, metavar="N", help="of each video (default 4)")
     moving.add_argument("--size", type=int, default=16, metavar="PIXELS", help="height and width (default 16)")
     moving.set_defaults(run=_data_moving_digits)
-    for verb, count, what in ((moving, 3000, "videos"),):
+    turntable = recipes.add_parser(
+        "turntable",
+        help="coloured solids rendered from twelve sides",
+        description="Render cubes, spheres, cones, cylinders, tori and pyramids in six colours, each from twelve "
+        "sides as it turns, with captions, as webdataset shards and their index.",
+        example="lumina data turntable data/turntable",
+    )
+    turntable.add_argument("--size", type=int, default=16, metavar="PIXELS", help="height and width (default 16)")
+    turntable.set_defaults(run=_data_turntable)
+    for verb, count, what in ((moving, 3000, "videos"), (turntable, 1440, "objects")):
         verb.add_argument("out", metavar="OUT", help="a new or empty folder")
         verb.add_argument("--count", type=int, default=count, metavar="N", help=f"{what} (default {count})")
         verb.add_argument("--seed", type=int, default=0, metavar="N", help="chooses all that is random (default 0)")
@@ -168,6 +177,12 @@ def _data_moving_digits(arguments: argparse.Namespace) -> None:
     from lumina.data.recipes.moving_digits import write_moving_digits
 
     _generate(arguments, write_moving_digits, "videos", frames=arguments.frames, size=arguments.size)
+
+
+def _data_turntable(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.turntable import write_turntable
+
+    _generate(arguments, write_turntable, "objects", size=arguments.size)
 
 
 def _generate(arguments: argparse.Namespace, recipe: Callable[..., Any], what: str, **options: Any) -> None:
