@@ -103,7 +103,23 @@ def _add_generated(recipes: argparse._SubParsersAction) -> None:
     )
     turntable.add_argument("--size", type=int, default=16, metavar="PIXELS", help="height and width (default 16)")
     turntable.set_defaults(run=_data_turntable)
-    for verb, count, what in ((moving, 3000, "videos"), (turntable, 1440, "objects")):
+    speech = recipes.add_parser(
+        "speech",
+        help="words spoken by espeak-ng's voices, as spectrograms",
+        description="Let the voices of espeak-ng (apt-get install espeak-ng) say the digits' names, and write their "
+        "80-band mel spectrograms and sound with captions as webdataset shards and their index.",
+        example="lumina data speech data/speech",
+    )
+    speech.add_argument(
+        "--width",
+        type=int,
+        default=48,
+        metavar="N",
+        help="columns of 256 samples, a multiple of the patch (default 48)",
+    )
+    speech.add_argument("--held", action="store_true", help="by the voices that are kept apart, for judges")
+    speech.set_defaults(run=_data_speech)
+    for verb, count, what in ((moving, 3000, "videos"), (turntable, 1440, "objects"), (speech, 1500, "words")):
         verb.add_argument("out", metavar="OUT", help="a new or empty folder")
         verb.add_argument("--count", type=int, default=count, metavar="N", help=f"{what} (default {count})")
         verb.add_argument("--seed", type=int, default=0, metavar="N", help="chooses all that is random (default 0)")
@@ -183,6 +199,14 @@ def _data_turntable(arguments: argparse.Namespace) -> None:
     from lumina.data.recipes.turntable import write_turntable
 
     _generate(arguments, write_turntable, "objects", size=arguments.size)
+
+
+def _data_speech(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.speech import write_speech
+    from lumina.encoders.speech import normalised_mel
+
+    recipe = partial(write_speech, spectrogram=normalised_mel)
+    _generate(arguments, recipe, "words", width=arguments.width, held=arguments.held)
 
 
 def _generate(arguments: argparse.Namespace, recipe: Callable[..., Any], what: str, **options: Any) -> None:

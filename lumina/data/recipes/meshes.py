@@ -159,22 +159,24 @@ def visible(projected: np.ndarray, side: int) -> np.ndarray:
     x, y, near = np.moveaxis(projected, 2, 0)
     # Rows go down, so that what is counter-clockwise to the eye has a negative area here.
     area = (x[:, 1] - x[:, 0]) * (y[:, 2] - y[:, 0]) - (x[:, 2] - x[:, 0]) * (y[:, 1] - y[:, 0])
-    depth = np.zeros((side, side))
-    nearest = np.full((side, side), -1, np.int64)
+    facing = np.flatnonzero(area < 0)
+    x, y, near, area = x[facing], y[facing], near[facing], area[facing]
     middles = np.arange(side) + 0.5
-    for number in np.flatnonzero(area < 0).tolist():
-        px, py, pn = x[number], y[number], near[number]
-        left, right = np.searchsorted(middles, [px.min(), px.max()])
-        top, bottom = np.searchsorted(middles, [py.min(), py.max()])
-        across, down = middles[None, left:right], middles[top:bottom, None]
-        shares = [
-            ((px[j] - across) * (py[k] - down) - (px[k] - across) * (py[j] - down)) / area[number]
-            for j, k in ((1, 2), (2, 0), (0, 1))
-        ]
-        # 1 / depth is linear in the picture, as depth itself is not.
-        here = sum(share * n for share, n in zip(shares, pn, strict=True))
-        window = depth[top:bottom, left:right]
-        closer = (shares[0] >= 0) & (shares[1] >= 0) & (shares[2] >= 0) & (here > window)
-        window[closer] = here[closer]
-        nearest[top:bottom, left:right][closer] = number
-    return nearest
+    left, right = np.searchsorted(middles, x.min(1)), np.searchsorted(middles, x.max(1))
+    top, bottom = np.searchsorted(middles, y.min(1)), np.searchsorted(middles, y.max(1))
+    # All pixels of the rectangles around all triangles, in a row: a loop over triangles takes five times as long.
+    counts = (right - left) * (bottom - top)
+    which = np.repeat(np.arange(len(facing)), counts)
+    place = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row, column = top[which] + place // (right - left)[which], left[which] + place % (right - left)[which]
+    across, down = [middles[column] - x[which, i] for i in range(3)], [middles[row] - y[which, i] for i in range(3)]
+    shares = [(across[j] * down[k] - across[k] * down[j]) / area[which] for j, k in ((1, 2), (2, 0), (0, 1))]
+    inside = (shares[0] >= 0) & (shares[1] >= 0) & (shares[2] >= 0)
+    # 1 / depth is linear in the picture, as depth itself is not.
+    depth = sum(share * near[which, i] for i, share in enumerate(shares))[inside]
+    pixel, triangle = (row * side + column)[inside], facing[which[inside]]
+    order = np.lexsort((depth, pixel))
+    last = np.append(np.diff(pixel[order]) > 0, np.ones(min(1, len(order)), bool))
+    nearest = np.full(side * side, -1, np.int64)
+    nearest[pixel[order][last]] = triangle[order][last]
+    return nearest.reshape(side, side)
