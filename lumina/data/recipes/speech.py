@@ -34,7 +34,7 @@ HELD_VOICES = tuple(
 )
 """Kept apart, for judges: neither their accents nor their speakers are among VOICES."""
 
-WORDS_A_MINUTE = (200, 280)
+WORDS_A_MINUTE = (215, 290)
 PITCHES = (30, 70)
 """From and up to, without the last; of espeak-ng's 0 … 99."""
 
@@ -130,7 +130,7 @@ def write_speech(
     A sample has the members .wav (16 bits, mono, 22,050 a second, width · 256 samples), .latent.npy (float16 (1, 1, 2,
     bands, width): its spectrogram, and zeros for the deviation, as `lumina data encode` writes latents), .txt (a
     caption of WORDINGS) and .json ({"label": digit, "voice", "words_a_minute", "pitch", "seconds": that the word lasts,
-    "wording": its number}). A word begins 5 ms after the start, peaks at 0.9, and silence follows it.
+    "wording": its number}). A word begins at most 5 ms after the start, peaks at 0.9, and silence follows it.
 
     Args:
         out: a new or empty folder.
