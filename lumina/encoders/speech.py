@@ -107,7 +107,7 @@ def write_wav(path: str | Path, waveform: Float[np.ndarray, "samples"]) -> None:
         raise ValueError("the sound holds numbers that are not finite")
     levels = np.round(waveform / max(1.0, float(np.abs(waveform).max(initial=0))) * 32767).astype("<i2")
     try:
-        with wave.open(str(path), "wb") as file:
+        with open(path, "wb") as stream, wave.open(stream, "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
             file.setframerate(SAMPLE_RATE)

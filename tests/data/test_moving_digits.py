@@ -88,8 +88,12 @@ def test_the_bytes_depend_on_the_seed_and_not_on_the_processes(videos: Path, tmp
     again = {name.replace("again", "shards"): content for name, content in files(tmp_path / "again").items()}
     assert again == files(videos)
     write_moving_digits(tmp_path / "other", count=20, frames=FRAMES, size=SIZE, seed=4, workers=1)
-    other, first = Index.open([tmp_path / "other"]), Index.open([videos])
-    assert [other.read(n)["npy"] for n in range(20)] != [first.read(n)["npy"] for n in range(20)]
+    drawn = []
+    for folder in (tmp_path / "other", videos):
+        index = Index.open([folder])
+        drawn.append([json.loads(index.read(number)["json"]) for number in range(20)])
+    for name in ("digit_number", "direction", "start", "wording"):
+        assert [fields[name] for fields in drawn[0]] != [fields[name] for fields in drawn[1]], name
 
 
 def test_held_out_digits_and_prompts_are_new() -> None:

@@ -110,11 +110,12 @@ def test_sound_files(tmp_path: Path) -> None:
     sound = np.array([0, 0.5, -1, 1, 0.25], np.float32)
     write_wav(tmp_path / "a.wav", sound)
     write_wav(tmp_path / "b.wav", 4 * sound)
-    for name in ("a", "b"):
+    write_wav(tmp_path / "c.wav", sound / 4)
+    for name, loudness in (("a", 1), ("b", 1), ("c", 0.25)):
         with wave.open(str(tmp_path / f"{name}.wav")) as file:
             assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (RATE, 1, 2)
             levels = np.frombuffer(file.readframes(9), "<i2")
-        np.testing.assert_array_equal(levels, [0, 16384, -32767, 32767, 8192])
+        np.testing.assert_allclose(levels, np.array([0, 16383.5, -32767, 32767, 8191.75]) * loudness, atol=0.51)
 
 
 def test_what_is_no_sound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
