@@ -50,7 +50,8 @@ setup(
         "gpu": ["flash-attn>=2.7"],
         "s3": ["s3fs>=2024"],
         "gcs": ["gcsfs>=2024"],
-        "audio": ["librosa>=0.10", "scipy>=1.11", "soundfile>=0.12"],
+        "audio": ["scipy>=1.11", "soundfile>=0.12"],
+        "speech": ["librosa>=0.10", "soundfile>=0.12"],
         "video": ["av>=12"],
         "demo": ["gradio>=5"],
         "wandb": ["wandb>=0.18"],
@@ -64,6 +65,7 @@ setup(
             "import-linter>=2.1",
             "av>=12",
             "soundfile>=0.12",
+            "librosa>=0.10",
             "matplotlib>=3.8",
             "scikit-image>=0.25",  # its photographs are what loaders are measured with
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against

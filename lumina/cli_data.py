@@ -25,6 +25,7 @@ def add_data(verbs: argparse._SubParsersAction, parser_class: type[argparse.Argu
     )
     digits.add_argument("out", metavar="OUT", help="a new or empty folder")
     digits.set_defaults(run=_data_digits)
+    _add_generated(recipes)
     index = recipes.add_parser(
         "index",
         help="index shards",
@@ -79,6 +80,50 @@ def add_data(verbs: argparse._SubParsersAction, parser_class: type[argparse.Argu
     encode.add_argument("--crops", type=int, default=1, metavar="N", help="views of each sample (default 1)")
     encode.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="of what is written (default fp16)")
     encode.set_defaults(run=_data_encode)
+
+
+def _add_generated(recipes: argparse._SubParsersAction) -> None:
+    """The verbs that make other small sets; the bytes depend on the seed and the options, not on the processes."""
+    moving = recipes.add_parser(
+        "moving-digits",
+        help="videos of real handwritten digits that move as the caption says",
+        description="Write videos of scikit-learn's handwritten digits that move left, right, up or down over a small "
+        "canvas, with captions, as webdataset shards and their index. A fifth of the digits is kept apart for judges.",
+        example="lumina data moving-digits data/moving-digits",
+    )
+    moving.add_argument("--frames", type=int, default=4, metavar="N", help="of each video (default 4)")
+    moving.add_argument("--size", type=int, default=16, metavar="PIXELS", help="height and width (default 16)")
+    moving.set_defaults(run=_data_moving_digits)
+    turntable = recipes.add_parser(
+        "turntable",
+        help="coloured solids rendered from twelve sides",
+        description="Render cubes, spheres, cones, cylinders, tori and pyramids in six colours, each from twelve "
+        "sides as it turns, with captions, as webdataset shards and their index.",
+        example="lumina data turntable data/turntable",
+    )
+    turntable.add_argument("--size", type=int, default=16, metavar="PIXELS", help="height and width (default 16)")
+    turntable.set_defaults(run=_data_turntable)
+    speech = recipes.add_parser(
+        "speech",
+        help="words spoken by espeak-ng's voices, as spectrograms",
+        description="Let the voices of espeak-ng (apt-get install espeak-ng) say the digits' names, and write their "
+        "80-band mel spectrograms and sound with captions as webdataset shards and their index.",
+        example="lumina data speech data/speech",
+    )
+    speech.add_argument(
+        "--width",
+        type=int,
+        default=48,
+        metavar="N",
+        help="columns of 256 samples, a multiple of the patch (default 48)",
+    )
+    speech.add_argument("--held", action="store_true", help="by the voices that are kept apart, for judges")
+    speech.set_defaults(run=_data_speech)
+    for verb, count, what in ((moving, 3000, "videos"), (turntable, 1440, "objects"), (speech, 1500, "words")):
+        verb.add_argument("out", metavar="OUT", help="a new or empty folder")
+        verb.add_argument("--count", type=int, default=count, metavar="N", help=f"{what} (default {count})")
+        verb.add_argument("--seed", type=int, default=0, metavar="N", help="chooses all that is random (default 0)")
+        verb.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, at most 8)")
 
 
 def _add_making(recipes: argparse._SubParsersAction) -> None:
@@ -142,6 +187,40 @@ def _data_digits(arguments: argparse.Namespace) -> None:
 
     summary = write_digits(arguments.out)
     print(f"{summary.samples:,} digits in {summary.shards} shards under {arguments.out}")
+
+
+def _data_moving_digits(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.moving_digits import write_moving_digits
+
+    _generate(arguments, write_moving_digits, "videos", frames=arguments.frames, size=arguments.size)
+
+
+def _data_turntable(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.turntable import write_turntable
+
+    _generate(arguments, write_turntable, "objects", size=arguments.size)
+
+
+def _data_speech(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.speech import write_speech
+    from lumina.encoders.speech import normalised_mel
+
+    recipe = partial(write_speech, spectrogram=normalised_mel)
+    _generate(arguments, recipe, "words", width=arguments.width, held=arguments.held)
+
+
+def _generate(arguments: argparse.Namespace, recipe: Callable[..., Any], what: str, **options: Any) -> None:
+    with _bar("making") as update:
+        summary = recipe(
+            arguments.out,
+            count=arguments.count,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            progress=lambda done, total: update(completed=done, total=total),
+            **options,
+        )
+    shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
+    print(f"{summary.samples:,} {what} in {shards} under {arguments.out}")
 
 
 def _data_index(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,20 @@ def write_shards(
         raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ValueError(f"{name!r} cannot start a file name; use letters, digits, '.', '_' and '-'")
+    with complete_folder(out_dir) as work:
+        shards = _write_all(work, iter(samples), name, samples_per_shard)
+        if not shards:
+            raise ValueError(f"there are no samples to write to {Path(out_dir).resolve()}")
+    return [Path(out_dir).resolve() / shard for shard in shards]
+
+
+@contextmanager
+def complete_folder(out_dir: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `out_dir` that becomes it at the end of the block, or is deleted after a failure.
+
+    Raises:
+        ValueError: `out_dir` is not empty, or the block or the system cannot write (`OSError` in the block).
+    """
     out_dir = Path(out_dir).resolve()
     try:
         if out_dir.exists() and any(out_dir.iterdir()):
@@ -54,9 +69,7 @@ def write_shards(
         raise ValueError(f"shards cannot be written to {out_dir} ({error.strerror})") from error
     try:
         work.chmod(0o777 & ~_umask())
-        shards = _write_all(work, iter(samples), name, samples_per_shard)
-        if not shards:
-            raise ValueError(f"there are no samples to write to {out_dir}")
+        yield work
         sync_folder(work)
         work.rename(out_dir)
         sync_folder(out_dir.parent)
@@ -64,7 +77,6 @@ def write_shards(
         raise ValueError(f"shards cannot be written to {out_dir} ({error.strerror})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return [out_dir / shard for shard in shards]
 
 
 def write_shard(shard: Path, samples: Iterable[Mapping[str, Any]]) -> Path:

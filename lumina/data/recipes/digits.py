@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lumina.data.order import random_words
+from lumina.data.recipes.generating import Summary
 from lumina.data.write import write_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -54,14 +54,6 @@ None names a second digit, so that each prompt has one right answer.
 _LEVELS = 16  # the grey values of the set are 0 … 16
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What was written."""
-
-    samples: int
-    shards: int
-
-
 def write_digits(out: str | Path, seed: int = 0) -> Summary:
     """Write all digits to `out` in shards of at most 500.
 
@@ -95,6 +87,11 @@ def held_prompts(digit: int) -> list[str]:
     return [caption_for(digit, wording) for wording in HELD_WORDINGS]
 
 
+def stored_grey(values: np.ndarray) -> np.ndarray:
+    """Values 0 … 16 → uint8 grey as it is stored."""
+    return np.round(values * 255 / _LEVELS).astype(np.uint8)
+
+
 def pixel_values(grey: np.ndarray) -> np.ndarray:
     """uint8 grey of a stored picture → the original values 0 … 16, float64 as scikit-learn has them."""
     return np.round(grey.astype(np.float64) * _LEVELS / 255)
@@ -104,7 +101,7 @@ def _samples(images: np.ndarray, digits: np.ndarray, seed: int) -> Iterator[dict
     wordings = random_words(len(digits), "digits wording", seed) % np.uint64(len(WORDINGS))
     for number, (image, digit, wording) in enumerate(zip(images, digits.tolist(), wordings.tolist(), strict=True)):
         stored = io.BytesIO()
-        Image.fromarray(np.round(image * 255 / _LEVELS).astype(np.uint8)).save(stored, "PNG")
+        Image.fromarray(stored_grey(image)).save(stored, "PNG")
         yield {
             "__key__": f"digit-{number:05d}",
             "png": stored.getvalue(),
