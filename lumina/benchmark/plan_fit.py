@@ -92,15 +92,15 @@ def _devices(arguments: argparse.Namespace, work: Work, device: Device) -> str:
 def _check_runs(*works: Work) -> None:
     """
     Raises:
-        ValueError: where no layout of any of these can run, whatever it takes: why not of the last.
+        ValueError: where no layout of any of these can run, whatever it takes: why not, of the first that has any.
     """
-    why = ""
+    reasons = []
     for work in works:
         candidates, refused = layouts_of(work)
         if candidates:
             return
-        why = why_none(work, refused)
-    raise ValueError(why)
+        reasons.append((not refused, why_none(work, refused)))
+    raise ValueError(min(reasons, key=lambda reason: reason[0])[1])
 
 
 def _model_in_words(work: Work) -> str:

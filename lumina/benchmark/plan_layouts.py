@@ -1,7 +1,5 @@
 """Every layout of a plan; and, where settings that are held fixed leave none of a layout, which exclude each other."""
 
-from collections import Counter
-
 from lumina.config.schema import ParallelConfig
 from lumina.parallel.layout import check_layout
 from lumina.planner.search import Candidate, Refused, Work, axes_of, search
@@ -32,10 +30,9 @@ def why_none(work: Work, refused: list[Refused]) -> str:
     said = f"no layout of these devices can run{f' with {held}' if held else ''}"
     if not refused:
         return f"{said}: {_excluding(work, _completed(work, {}))}"
-    kinds = Counter(kind_of(one.reason) for one in refused)
-    most, count = kinds.most_common(1)[0]
-    example = next(one.reason for one in refused if kind_of(one.reason) == most)
-    return f"{said}: {example}" if len(kinds) == 1 else f"{said}; {count} of {len(refused)}, as: {example}"
+    first = refused[0].reason
+    alike = sum(kind_of(one.reason) == kind_of(first) for one in refused)
+    return f"{said}: {first}" if alike == len(refused) else f"{said}; {alike} of {len(refused)} because {first}"
 
 
 def kind_of(reason: str) -> str:

@@ -47,10 +47,10 @@ def parameters_of(sizes: FlagDiTConfig) -> int:
 
 def heading(work: Work, device: Device) -> str:
     """Two lines: the model and a step of it, and the devices."""
-    hosts = -(-work.world // work.speeds.per_host)
+    hosts, lengths = -(-work.world // work.speeds.per_host), work.load.lengths
     return (
-        f"{parameters_of(work.sizes) / 1e9:,.2f}B parameters, {work.config.precision}; {len(work.load.lengths)} × "
-        f"{work.load.lengths[0]:,} tokens a pack, {work.packs:,} packs a step ({work.packs * work.load.tokens:,} tokens)\n"
+        f"{parameters_of(work.sizes) / 1e9:,.2f}B parameters, {work.config.precision}; {len(lengths)} × {lengths[0]:,} "
+        f"tokens a pack, {work.packs:,} packs a step ({work.packs * work.load.tokens:,} tokens)\n"
         f"{work.world:,} × {device.name} on {hosts:,} host{'s' * (hosts > 1)}; {room(work)}"
     )
 

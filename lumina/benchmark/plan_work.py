@@ -20,7 +20,7 @@ from lumina.planner.traffic import Load
 STEP_TOKENS = 4 * 2**20
 PER_HOST = 8
 GIB = 2**30
-_LARGEST = {"n_layers": 2**10, "patch_size": 2**8, "num_classes": 2**24}
+_LARGEST = {"n_layers": 2**8, "patch_size": 2**8, "num_classes": 2**24}
 _LARGEST_SIZE = 2**17  # of all other sizes
 
 
@@ -88,7 +88,7 @@ def _conditioned(model: dict[str, Any], text_tokens: int) -> dict[str, Any]:
 
 
 def _held_kv_heads(words: list[str]) -> int | None:
-    """What `model.n_kv_heads` is held at; None where it is not, or is no number: the model's sizes say what is wrong."""
+    """What `model.n_kv_heads` is held at; None where it is not, or not at a number that could be."""
     given = [word.partition("=")[2].strip() for word in words if key_of(word) == "model.n_kv_heads"]
     return int(given[-1]) if given and given[-1].isdecimal() and int(given[-1]) else None
 
@@ -97,7 +97,7 @@ def _check_sizes(sizes: FlagDiTConfig) -> None:
     for name, value in dataclasses.asdict(sizes).items():
         most = _LARGEST.get(name, _LARGEST_SIZE)
         if (isinstance(value, int) and value > most) or (isinstance(value, float) and not value <= most):
-            raise ValueError(f"model.{name}={value}: plans are made for at most {most:,}")
+            raise ValueError(f"model.{name}={value}: plans are made for numbers up to {most:,}")
     if sizes.ffn_dim > 8 * _LARGEST_SIZE:
         raise ValueError(
             f"the feed-forward width {sizes.ffn_dim:,}, from model.ffn_dim_multiplier={sizes.ffn_dim_multiplier} and "
