@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 
 from lumina.benchmark.plan_layouts import layouts_of, why_none
 from lumina.benchmark.plan_options import key_of, leaves
@@ -9,11 +10,13 @@ from lumina.benchmark.plan_tables import layout_of, memory_table, parameters_of,
 from lumina.benchmark.plan_work import work_of
 from lumina.config.devices import Device
 from lumina.planner.fit import (
+    ANY_HOSTS,
     HEAD,
+    HOSTS_AT_ONCE,
     LARGEST_DIM,
     LARGEST_TOKENS,
+    LARGEST_WORLD,
     Fit,
-    doubled_sizes,
     fewest_devices,
     largest_model,
     longest_sample,
@@ -23,6 +26,8 @@ from lumina.planner.fit import (
     world_sizes,
 )
 from lumina.planner.search import Work
+
+_LAID_OUT = 8  # numbers of devices after which it is clear that what is held fixed excludes all layouts
 
 
 def fit(arguments: argparse.Namespace) -> str:
@@ -55,7 +60,7 @@ def _model(arguments: argparse.Namespace, work: Work, device: Device) -> str:
     found = largest_model(work, layers)
     if found is None:
         first = tried[0]
-        _check_runs(*(dataclasses.replace(work, sizes=sizes) for sizes in (first, tried[len(tried) // 8])))
+        _check_runs(*(dataclasses.replace(work, sizes=sizes) for sizes in (first, tried[min(32, len(tried)) - 1])))
         raise ValueError(
             f"nothing fits: not even a model of {first.n_layers} block{'s' * (first.n_layers > 1)} of width "
             f"{first.dim:,} will do, with {room(work)}"
@@ -74,19 +79,28 @@ def _model(arguments: argparse.Namespace, work: Work, device: Device) -> str:
 
 def _devices(arguments: argparse.Namespace, work: Work, device: Device) -> str:
     each = arguments.packs is None and "train.global_batch_packs" not in map(key_of, leaves(arguments.overrides))
+    _check_runs(*(on_devices(work, world, a_pack_each=each) for world in _that_can_be_laid_out(work)))
     found = fewest_devices(work, a_pack_each=each)
     per_host = work.speeds.per_host
+    counts = f"any number up to {per_host} on one host, whole hosts up to {ANY_HOSTS:,}, then every {HOSTS_AT_ONCE} "
+    counts += f"hosts up to {LARGEST_WORLD:,} devices"
     if found is None:
-        worlds = doubled_sizes(per_host)
-        _check_runs(*(on_devices(work, world, a_pack_each=each) for world in worlds))
-        raise ValueError(f"nothing fits: neither on 1, 2, 4, … nor on {worlds[-1]:,} devices, with {room(work)}")
+        raise ValueError(f"nothing fits, of {counts}, with {room(work)}")
     world, fitting = found
     packs = "as many packs a step as devices" if each else f"{work.packs:,} packs a step"
     load = work.load
     asked = f"{_model_in_words(work)}; {len(load.lengths)} × {load.lengths[0]:,} tokens a pack, {packs}\n"
-    asked += f"{device.name}, any number up to {per_host} on one host, then whole hosts of {per_host} up to "
-    asked += f"{world_sizes(per_host)[-1]:,} devices; {room(work)}"
+    asked += f"{device.name}: {counts}; {room(work)}"
     return _answer(asked, f"the fewest devices: {world:,}", on_devices(work, world, a_pack_each=each), fitting)
+
+
+def _that_can_be_laid_out(work: Work) -> list[int]:
+    """A few numbers of devices that what is held fixed of the axes divides; or one that it does not."""
+    parallel, worlds = work.config.parallel, world_sizes(work.speeds.per_host)
+    held = math.prod(
+        getattr(parallel, name) for name in ("tensor", "pipeline", "ring", "ulysses") if name in work.fixed
+    )
+    return [world for world in worlds if world % held == 0][:_LAID_OUT] or worlds[-1:]
 
 
 def _check_runs(*works: Work) -> None:

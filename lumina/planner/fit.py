@@ -1,6 +1,7 @@
 """The other way round: the longest sample, the largest model or the fewest devices that fit."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ LARGEST_TOKENS = 2**27
 HEAD = 128  # width of a head, and of the model for each of its blocks: the proportions of the 7B
 LARGEST_DIM = 2**15
 LARGEST_WORLD = 2**14
+ANY_HOSTS, HOSTS_AT_ONCE = 1024, 16  # devices up to which every number of hosts is tried; and hosts at once beyond
 
 Fit = tuple[ParallelConfig, MemoryPlan]
 
@@ -94,37 +96,22 @@ def on_devices(work: Work, world: int, *, a_pack_each: bool) -> Work:
 
 
 def world_sizes(per_host: int) -> list[int]:
-    """That are tried: any on one host, then whole hosts, up to 16,384 devices."""
-    return [*range(1, per_host), *range(per_host, LARGEST_WORLD + 1, per_host)]
-
-
-def doubled_sizes(per_host: int) -> list[int]:
-    """Of `world_sizes` 1, 2, 4, … devices of one host, and 1, 2, 4, … hosts."""
-
-    def is_power(number: int) -> bool:
-        return number & (number - 1) == 0
-
-    return [n for n in world_sizes(per_host) if is_power(n if n < per_host else n // per_host)]
+    """That are tried: any on one host, whole hosts up to 1,024 devices, then every 16 hosts up to 16,384 devices."""
+    step = HOSTS_AT_ONCE * per_host
+    few = [*range(1, per_host), *range(per_host, ANY_HOSTS + 1, per_host)]
+    return [*few, *range(few[-1] // step * step + step, LARGEST_WORLD + 1, step)]
 
 
 def fewest_devices(work: Work, *, a_pack_each: bool = False) -> tuple[int, Fit] | None:
-    """The first of `world_sizes` that does; None where none does of 1, 2, 4, … hosts or parts of one.
+    """The first of `world_sizes` that does, all before it looked at; None where none does.
 
     Args:
         a_pack_each: whether a step has as many packs as there are devices, or always those of `work`.
     """
-
-    def of(world: int) -> Work:
-        return on_devices(work, world, a_pack_each=a_pack_each)
-
-    sizes, tried = world_sizes(work.speeds.per_host), doubled_sizes(work.speeds.per_host)
-    enough = next(((size, found) for size in tried if (found := fits(of(size))) is not None), None)
-    if enough is None:
-        return None
-    for size in sizes[: sizes.index(enough[0])]:  # a layout of fewer may fit where one of more did not
-        if size not in tried and (found := _looked_up(of(size))) is not None:
-            return size, found
-    return enough
+    for world in world_sizes(work.speeds.per_host):
+        if (found := _looked_up(on_devices(work, world, a_pack_each=a_pack_each))) is not None:
+            return world, found
+    return None
 
 
 def _looked_up(work: Work) -> Fit | None:
@@ -153,15 +140,24 @@ def _activations_fit(work: Work) -> bool:
     offload = recompute == "full" and work.speeds.cores is None
     if "offload_activations" in fixed:
         offload = config.parallel.offload_activations
-    for tensor, pipeline, ring, ulysses in axes_of(work.world, sizes.n_layers):
-        if sizes.kv_heads % tensor or sizes.n_heads % tensor or ulysses > sizes.kv_heads // tensor:
+    names = ("tensor", "pipeline", "ring", "ulysses")
+    held = [(number, getattr(config.parallel, name)) for number, name in enumerate(names) if name in fixed]
+    for axes in axes_of(work.world, sizes.n_layers):
+        tensor, pipeline, ring, ulysses = axes
+        if any(axes[number] != size for number, size in held) or ulysses > sizes.kv_heads // tensor:
+            continue
+        if sizes.kv_heads % tensor or sizes.n_heads % tensor or work.packs % (work.world // math.prod(axes)):
             continue
         for sequence in (False, True) if tensor > 1 else (False,):
-            layout = {"tensor": tensor, "pipeline": pipeline, "ring": ring, "ulysses": ulysses, "sequence": sequence}
             parallel = config.parallel.model_copy(
-                update=layout | {"recompute": recompute, "offload_activations": offload}
+                update={
+                    **dict(zip(names, axes, strict=True)),
+                    "sequence": sequence,
+                    "recompute": recompute,
+                    "offload_activations": offload,
+                }
             )
-            if not work.allows(parallel, layout) or work.packs % (work.world // (tensor * pipeline * ring * ulysses)):
+            if not work.allows(parallel, ["sequence"]):
                 continue
             place = fullest_place(parallel, stage_parameters(sizes, tensor, pipeline)[0].blocks, 0)
             one = config.model_copy(update={"parallel": parallel})
