@@ -143,7 +143,7 @@ def _activations_fit(work: Work) -> bool:
     names = ("tensor", "pipeline", "ring", "ulysses")
     held = [(number, getattr(config.parallel, name)) for number, name in enumerate(names) if name in fixed]
     for axes in axes_of(work.world, sizes.n_layers):
-        tensor, pipeline, ring, ulysses = axes
+        tensor, pipeline, _, ulysses = axes
         if any(axes[number] != size for number, size in held) or ulysses > sizes.kv_heads // tensor:
             continue
         if sizes.kv_heads % tensor or sizes.n_heads % tensor or work.packs % (work.world // math.prod(axes)):
