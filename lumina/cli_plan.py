@@ -10,29 +10,27 @@ def add_plan(verbs: argparse._SubParsersAction) -> None:
         help="what fits on so many devices, how fast it would be, and with which settings",
         description="Reckon every layout of so many devices that is legal: memory by category, seconds of a step by "
         "what they go to, and the settings that run it, the fastest first; and why the others do not fit. No device "
-        "is used. key=value changes whatever a configuration sets; a setting of the section `parallel` is held fixed.",
+        "is used. key=value changes the model; a setting of the section `parallel` is held fixed.",
         example="lumina plan --model 7b --tokens 131072 --gpus 64 --device h100-80g",
     )
-    plan.add_argument("--model", default="7b", metavar="SIZE", help="600m, 3b, 5b or 7b (default)")
-    plan.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a sample (default 4096)")
-    plan.add_argument("--samples", type=int, default=1, metavar="N", help="of a pack (default 1)")
+    plan.add_argument("--model", metavar="SIZE", help="600m, 3b, 5b or 7b (default)")
+    plan.add_argument("--tokens", type=int, metavar="T", help="of a sample (default 4096)")
+    plan.add_argument("--samples", type=int, metavar="N", help="of a pack (default 1)")
+    plan.add_argument("--text-tokens", type=int, metavar="N", help="of a caption (default 128); 0: classes")
     plan.add_argument(
-        "--text-tokens", type=int, default=128, metavar="N", help="of a caption (default 128); 0: classes"
+        "--packs",
+        type=int,
+        metavar="N",
+        help="in a step, over all devices (default: those of 4,194,304 tokens; with --fit, one for each device)",
     )
-    plan.add_argument(
-        "--packs", type=int, metavar="N", help="in a step, over all devices (default: those of 4,194,304 tokens)"
-    )
-    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="devices (default 8)")
+    plan.add_argument("--gpus", type=int, metavar="N", help="devices (default 8)")
     plan.add_argument(
         "--device",
-        default="h100-80g",
         metavar="NAME",
         help="a100-40g, a100-80g, h100-80g (default), h200-141g, b200-180g, l40s-48g; or `here`: as measured here",
     )
     plan.add_argument("--memory", type=float, metavar="GIB", help="of a device, in place of the data sheet's")
-    plan.add_argument(
-        "--host-memory", type=float, default=128.0, metavar="GIB", help="of its host's, for each device (default 128)"
-    )
+    plan.add_argument("--host-memory", type=float, metavar="GIB", help="of its host's, for each device (default 128)")
     plan.add_argument("--nodes", type=int, metavar="N", help="hosts (default: one for every 8 devices)")
     plan.add_argument(
         "--interconnect", type=float, metavar="GB/s", help="that a device sends to other hosts (default: data sheet)"
@@ -40,8 +38,8 @@ def add_plan(verbs: argparse._SubParsersAction) -> None:
     plan.add_argument(
         "--network", metavar="FILE", help="what `lumina benchmark network --out` measured, in place of data sheets"
     )
-    plan.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="(default bf16)")
-    plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default 10)")
+    plan.add_argument("--dtype", choices=("bf16", "fp32"), help="(default bf16)")
+    plan.add_argument("--top", type=int, metavar="N", help="layouts to show (default 10)")
     plan.add_argument(
         "--fit",
         choices=("tokens", "model", "devices"),

@@ -84,6 +84,7 @@ class Row:
     tokens_per_sample: int
     text_tokens: int
     samples: int
+    samples_per_pack: int
     tokens: int
     seconds: float
     fastest: float
@@ -199,6 +200,7 @@ class Bench:
             tokens_per_sample=self.tokens_per_sample,
             text_tokens=self.point.text_tokens,
             samples=self.samples,
+            samples_per_pack=self.point.samples,
             tokens=self.tokens_per_sample * self.samples,
             seconds=step,
             fastest=min(seconds),

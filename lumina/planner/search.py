@@ -90,9 +90,9 @@ class Refused:
     reason: str
 
 
-def usable(memory: int) -> float:
-    """Of a device's bytes, those that a plan may use."""
-    return (memory - RESERVED) * (1 - FRAGMENTED)
+def usable(memory: int, reserved: int = RESERVED) -> float:
+    """Of a device's bytes, those that a plan may use; on a CPU there is nothing to reserve."""
+    return (memory - reserved) * (1 - FRAGMENTED)
 
 
 def search(work: Work) -> tuple[list[Candidate], list[Refused]]:

@@ -92,6 +92,7 @@ def test_numbers_add_up(tmp_path, capsys):
     numbers = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert (row["parameters"], row["samples"], row["tokens"]) == (numbers, 6, 6 * 72)
+    assert row["samples_per_pack"] == 2
     assert row["tokens_per_second"] == pytest.approx(432 / row["seconds"])
     # Torch's own count of one forward pass over two samples, by its math attention, three times for backward too.
     assert row["model_tflops"] * row["seconds"] * 1e12 == pytest.approx(3 * 3 * torch_flops(model))

@@ -1,60 +1,21 @@
-"""`lumina plan`: what it lists, what it reckons, and what it answers the other way round."""
+"""`lumina plan`: what it lists, and what it reckons."""
 
-import argparse
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 
 import pytest
 
-from lumina.benchmark.network import LINK, WITHIN
-from lumina.benchmark.plan import work_of
-from lumina.benchmark.plan_measured import spearman
-from lumina.cli import main
 from lumina.config.devices import DEVICES
-from lumina.config.load import load_config
 from lumina.model.flops import forward_flops
-from lumina.parallel.layout import check_layout, described
+from lumina.parallel.layout import check_layout
 from lumina.planner.cost import Network, Part, Speeds, pass_time, step_time
-from lumina.planner.fit import fewest_devices, fits, largest_model, longest_sample
-from lumina.planner.memory import fullest_stage, largest, meta_model, place_of, plan_memory
+from lumina.planner.memory import fullest_stage, largest, place_of, plan_memory
 from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, SEND
-from lumina.planner.search import axes_of, best_of_each, candidate, search, time_of, usable, variants
+from lumina.planner.search import axes_of, best_of_each, search, time_of, variants
 from lumina.planner.traffic import Load
-
-SMALL = ["model.dim=512", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=4"]
-
-
-def asked(*overrides, **changes):
-    options = {
-        "model": "600m",
-        "tokens": 4096,
-        "samples": 1,
-        "text_tokens": 16,
-        "packs": 16,
-        "gpus": 8,
-        "device": "h100-80g",
-        "memory": None,
-        "host_memory": 128.0,
-        "nodes": None,
-        "interconnect": None,
-        "network": None,
-        "dtype": "bf16",
-        "top": 10,
-        "fit": None,
-        "simulate": 0,
-        "measured": None,
-        "scaling": None,
-        "json": False,
-        "out": None,
-    }
-    return argparse.Namespace(**options | changes, overrides=[*SMALL, *overrides])
-
-
-def planned(*overrides, **changes):
-    return work_of(asked(*overrides, **changes))[0]
+from tests.unit.plans import planned
 
 
 def test_every_layout_that_can_run_is_there_once():
@@ -184,165 +145,6 @@ def test_the_slowest_rank_has_what_does_not_divide():
     )
     assert last.attention > 1.9 * first.attention
     assert time_of(dataclasses.replace(work, load=load, packs=1), parallel).attention == pytest.approx(last.attention)
-
-
-def test_the_longest_sample_fits_and_a_longer_does_not():
-    work = planned(fit="tokens", packs=None, memory=4.0, gpus=4)
-    tokens, (parallel, memory) = longest_sample(work)
-    assert memory.on_device <= work.memory < usable(5 * 2**30)
-    assert tokens % 1024 == 0
-
-    def at(count):
-        train = work.config.train.model_copy(update={"tokens_per_pack": count})
-        config = work.config.model_copy(update={"train": train})
-        return fits(dataclasses.replace(work, config=config, load=Load((count,), (16,))))
-
-    assert at(tokens)[1].on_device == memory.on_device
-    assert at(tokens + 1024) is None
-    assert parallel.ring * parallel.ulysses * parallel.tensor == 4
-
-
-def test_the_largest_model_and_the_fewest_devices():
-    work = planned(fit="model", packs=None, memory=4.0, host_memory=16.0, gpus=2)
-    sizes, (_, memory) = largest_model(work)
-    assert memory.on_device <= work.memory
-    assert (sizes.dim, sizes.n_heads) == (128 * sizes.n_layers, sizes.n_layers)
-    wider = dataclasses.replace(sizes, dim=sizes.dim + 128, n_layers=sizes.n_layers + 1, n_heads=sizes.n_heads + 1)
-    assert fits(dataclasses.replace(work, sizes=wider)) is None
-
-    big = planned("model.dim=2048", "model.n_layers=16", fit="devices", packs=64, tokens=65536, memory=6.0)
-    world, _ = fewest_devices(big)
-    assert world > 1
-    assert fits(dataclasses.replace(big, world=world // 2)) is None
-
-
-def test_the_command_prints_layouts_and_settings_that_run(capsys, tmp_path):
-    out = tmp_path / "plan.json"
-    arguments = ["--model", "7b", "--tokens", "131072", "--gpus", "32", "--device", "h100-80g", "--top", "2"]
-    assert main(["plan", *arguments, "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "to run the first" in said
-    content = json.loads(out.read_text())
-    first = content["layouts"][0]
-    assert first["fits"]
-    assert " ".join(first["settings"]) in said
-    assert first["seconds"] == pytest.approx(sum(first["time"].values()))
-    states = ("weights", "gradients", "masters", "moments", "ema", "buffers", "activations")
-    memory = first["memory"]
-    assert memory["on_device"] == sum(memory[name] for name in states) - memory["on_host"]
-    # The table's snippet is a configuration that is taken, and names the layout.
-    lines = said[said.index("    precision: ") :].split("\n\n")[0]
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        "run: {dir: none}\nmodel: {preset: 7b, in_channels: 4, cap_feat_dim: 4096}\nvae: {model: none}\n"
-        "data: {shards: [none]}\n"
-        + "\n".join(line.removeprefix("    ") for line in lines.splitlines())
-        + "\n  steps: 1\n"
-    )
-    settings = load_config(str(config), [])
-    for word in first["settings"]:
-        name, value = word.removeprefix("parallel.").split("=")
-        assert str(getattr(settings.parallel, name)).lower() == value
-    assert settings.train.global_batch_packs == content["packs"]
-
-
-def test_scaling_is_of_the_fastest_layouts(capsys):
-    """Weak, from 2,048 to 4,096 devices of which each layout is tensor parallel over a host, so that there are few."""
-    fixed = ["parallel.tensor=8", "parallel.pipeline=1", "parallel.ulysses=1", "parallel.zero_stage=1"]
-    arguments = ["plan", "--scaling", "weak", "--gpus", "2048", "--packs", "512", *fixed]
-    assert main(arguments) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
-    assert [row[:2] for row in rows if row[0] != ""][-2:] == [["2,048", "512"], ["4,096", "1,024"]]
-    rates = [float(row[4].replace(",", "")) for row in rows[-2:]]
-    assert rows[-1][5] == f"{rates[1] / rates[0] / 2:.1%}"
-    assert main(["plan", "--scaling", "weak", "--gpus", "12"]) == 2
-    assert "a power of two" in capsys.readouterr().err
-
-
-def test_a_plan_says_why_not(capsys):
-    assert main(["plan", "--model", "7b", "--gpus", "3", "--memory", "12", "--host-memory", "32"]) == 0
-    said = capsys.readouterr().out
-    assert "GiB of 9.5: " in said
-    assert "none of" in said
-    assert "cannot run" in said
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--device", "h1000"], "--device h1000 is not one of a100-40g"),
-        (["--model", "8b"], "--model 8b is not one of 600m"),
-        (["--gpus", "12", "--nodes", "5"], "--gpus 12 cannot be shared evenly by --nodes 5"),
-        (["--tokens", "0"], "--tokens must be at least 1"),
-        (["--network", "no.json"], "no.json is no record"),
-        (["--gpus", "9", "parallel.tensor=2"], "no layout of these devices can run"),
-        (["--fit", "tokens", "--memory", "3"], "nothing fits: not even a sample of 1,024 tokens"),
-        (["--fit", "model", "--json"], "--fit prints one answer"),
-        (["--scaling", "weak", "--out", "x.json"], "--scaling prints one answer"),
-        (["--scaling", "weak", "--fit", "model"], "ask for different things"),
-        (["--memory", "inf"], "--memory must be a number above 0"),
-        (["--memory", "1"], "a device of 1.0 GiB has nothing to plan with"),
-    ],
-)
-def test_bad_input_is_one_sentence(arguments, sentence, capsys):
-    assert main(["plan", *arguments]) == 2
-    assert sentence in capsys.readouterr().err
-
-
-def test_measured_networks_are_taken(tmp_path):
-    rows = [
-        {"what": "within", "bandwidth": 3e9},
-        {"what": "link", "bandwidth": 5e8},
-        {"what": "link", "bandwidth": 2e8},
-    ]
-
-    rows = [row | {"what": {"within": WITHIN, "link": LINK}[row["what"]]} for row in rows]
-    path = tmp_path / "network.json"
-    path.write_text(json.dumps({"rows": rows}))
-    speeds = planned(network=str(path)).speeds
-    assert (speeds.link, speeds.network) == (3e9, 2e8)
-
-
-def test_a_plan_beside_what_was_measured(tmp_path, capsys):
-    """A record made by hand, in which one layout is as fast as planned and the other not."""
-    work = planned(gpus=4, packs=4)
-    rows, expected = [], []
-    for speed, axis in ((1.0, "ring"), (0.5, "tensor")):
-        parallel = work.config.parallel.model_copy(update={axis: 4})
-        plan = candidate(work, parallel)
-        rows.append(
-            {
-                "model": "600m",
-                "parameters": sum(p.numel() for p in meta_model(work.sizes).parameters()),
-                "layout": described(parallel, 4),
-                "precision": "bf16",
-                "recompute": "none",
-                "world": 4,
-                "tokens_per_sample": 4096,
-                "text_tokens": 16,
-                "samples": 4,
-                "tokens": 4 * 4096,
-                "tokens_per_second": speed * 4 * 4096 / plan.time.total,
-                "model_tflops": 1.0,
-                "memory": {"peak": 2 * plan.memory.on_device},
-            }
-        )
-        expected.append(f"| {1 / speed:.2f} ")
-    path = tmp_path / "rows.json"
-    facts = {"date": "today", "device": "some", "python": "3", "packages": {}}
-    path.write_text(json.dumps(facts | {"rows": rows}))
-    assert main(["plan", "--measured", str(path), *SMALL]) == 0
-    said = capsys.readouterr().out
-    assert all(ratio in said for ratio in expected)
-    assert said.count("0.500 |") == 2
-    assert main(["plan", "--measured", str(path)]) == 2
-    assert "give the settings of the model" in capsys.readouterr().err
-
-
-def test_rankings_are_compared_as_scipy_does():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    pairs = [(1.0, 3.0), (2.0, 2.0), (2.0, 5.0), (4.0, 4.0), (9.0, 4.0)]
-    assert spearman(pairs) == pytest.approx(scipy_stats.spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 @pytest.mark.slow
