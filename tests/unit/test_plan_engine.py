@@ -69,7 +69,7 @@ def most_alive(rank, world, layouts, ports):
 
 @pytest.mark.slow
 def test_a_step_holds_what_was_planned():
-    of_ranks = run_ranks(2, most_alive, 2, LAYOUTS, [free_port() for _ in LAYOUTS], timeout=300)
+    of_ranks = run_ranks(2, most_alive, 2, LAYOUTS, [free_port() for _ in LAYOUTS])
     for (layout, dtype), *peaks in zip(LAYOUTS, *of_ranks, strict=True):
         config, sizes = configured(point(layout, dtype), 2)
         frames, _, height, width = latent_shape(TOKENS, sizes)

@@ -1,6 +1,7 @@
 """Who is blamed, by heartbeats and times that a test makes up; and where a thread stands."""
 
 import json
+import sys
 import threading
 import time
 import types
@@ -248,7 +249,7 @@ class Standing:
 
     def __enter__(self):
         self._thread.start()
-        assert self._there.wait(20)
+        assert self._there.wait(600)
         return place_of(self._thread.ident)
 
     def __exit__(self, *_):
@@ -322,7 +323,8 @@ def test_waiting_that_the_stack_does_not_show(tmp_path, line, collective, waits_
     thread = threading.Thread(target=names["f"])
     thread.start()
     there.wait()
-    time.sleep(0.05)
+    while sys._current_frames()[thread.ident].f_code.co_name != "f":  # it is in `set` yet
+        time.sleep(0.005)
     place = place_of(thread.ident)
     lock.release()
     thread.join()
