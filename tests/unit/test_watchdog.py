@@ -71,6 +71,18 @@ def test_a_silent_rank():
     )
 
 
+@pytest.mark.parametrize("last", [beat(1, idle=0.4), waits(1, 0.4)], ids=["at work", "in the same sum"])
+def test_silence_is_told_as_silence(last):
+    """Of a rank that is stopped, whatever it was at for a moment when it was last heard of, and whoever waits for it."""
+    monitor = Monitor(peers(2), TIMEOUT)
+    monitor.hear(last, 100.0)
+    for second in range(1, 11):
+        monitor.hear(waits(0, second + 0.3, number=1 + second), 100.0 + second)
+        assert monitor.judge(100.0 + second) is None
+    verdict = monitor.judge(110.1)
+    assert (verdict.kind, verdict.ranks) == ("silent", [1])
+
+
 def test_silence_counts_while_a_run_is_opened_and_idleness_does_not():
     opening = [beat(rank, step=0, phase=Phase.OPENING, idle=500.0) for rank in range(2)]
     opening[1] = replace(opening[1], collective="broadcast", waits=True)
