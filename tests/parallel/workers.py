@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 PATIENCE = 1800.0
-"""Seconds after which something hangs, on a machine however slow: no more than a guard, which nothing is to come near."""
+"""Seconds after which something hangs, on a machine however slow: a guard, which nothing is to come near."""
 _held: deque[socket.socket] = deque(maxlen=300)  # more than any test asks for before it uses them
 
 

@@ -1,6 +1,7 @@
 """Who is blamed, by heartbeats and times that a test makes up; and where a thread stands."""
 
 import json
+import multiprocessing
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from lumina.config.exits import HANG
 from lumina.parallel import watchdog
 from lumina.parallel.activity import Activity, Phase
 from lumina.parallel.mesh import Mesh, World, first_then_others
@@ -73,7 +75,7 @@ def test_a_silent_rank():
 
 @pytest.mark.parametrize("last", [beat(1, idle=0.4), waits(1, 0.4)], ids=["at work", "in the same sum"])
 def test_silence_is_told_as_silence(last):
-    """Of a rank that is stopped, whatever it was at for a moment when it was last heard of, and whoever waits for it."""
+    """Of a rank that is stopped, whatever it was at when it was last heard of, and whoever waits for it."""
     monitor = Monitor(peers(2), TIMEOUT)
     monitor.hear(last, 100.0)
     for second in range(1, 11):
@@ -372,6 +374,16 @@ def test_noise_from_elsewhere_is_let_pass(tmp_path, monkeypatch):
     assert watch._monitor.unheard() == [0, 1]
     watch._take(json.dumps(good).encode(), ("10.0.0.9", 5), 100.0)
     assert (watch._monitor.unheard(), watch._addresses) == ([0], {1: ("10.0.0.9", 5)})
+
+
+def test_a_rank_that_is_told_to_end_does_so_on_a_disk_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_LAST_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_write_stacks", lambda *_: threading.Event().wait())
+    end = object.__new__(watchdog.Watchdog)._end
+    rank = multiprocessing.get_context("fork").Process(target=end, args=(tmp_path, ("127.0.0.1", 5)), daemon=True)
+    rank.start()
+    rank.join(600)
+    assert rank.exitcode == HANG
 
 
 def test_an_order_names_no_folder_elsewhere(tmp_path, monkeypatch):
