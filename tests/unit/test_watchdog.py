@@ -379,8 +379,10 @@ def test_noise_from_elsewhere_is_let_pass(tmp_path, monkeypatch):
 def test_a_rank_that_is_told_to_end_does_so_on_a_disk_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "_LAST_SECONDS", 0.2)
     monkeypatch.setattr(watchdog, "_write_stacks", lambda *_: threading.Event().wait())
-    end = object.__new__(watchdog.Watchdog)._end
-    rank = multiprocessing.get_context("fork").Process(target=end, args=(tmp_path, ("127.0.0.1", 5)), daemon=True)
+    watch = object.__new__(watchdog.Watchdog)
+    watch._mesh = Mesh(World(0, 2, 0), torch.device("cpu"))
+    order = (tmp_path, ("127.0.0.1", 5))
+    rank = multiprocessing.get_context("fork").Process(target=watch._end, args=order, daemon=True)
     rank.start()
     rank.join(600)
     assert rank.exitcode == HANG
