@@ -232,10 +232,11 @@ def test_the_bound_holds_among_processes(server, folder: Path) -> None:
         found = {}
         for path in folder.rglob("*"):
             try:
-                if path.suffix in (".block", ".part"):
-                    found[path.name, (stat := path.stat()).st_ino] = stat.st_size
+                stat = path.stat()
             except FileNotFoundError:
                 continue
+            if path.suffix in (".block", ".part"):
+                found[path.name, stat.st_ino] = stat.st_size
         return found
 
     def watch() -> None:
