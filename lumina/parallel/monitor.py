@@ -168,7 +168,8 @@ class Monitor:
     def _stuck(self, beats: dict[int, Beat], age: dict[int, float]) -> Verdict | None:
         idle = {rank: beat.idle + age[rank] for rank, beat in beats.items()}
         stuck = [r for r, b in beats.items() if idle[r] > self.timeout and Phase.OPENING < b.phase < Phase.CLOSING]
-        if not stuck:
+        if not stuck or any(age[rank] > self.timeout / 2 for rank in stuck):
+            # Of one that is not heard of, that is what is to be said, as soon as it is sure.
             return None
         waiters = [beat for beat in beats.values() if beat.waits]
         if not waiters:  # a slow file system, say, may hold up all of them: they go on when it does

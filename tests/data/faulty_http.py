@@ -15,7 +15,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     `fault(name, count)` is asked for each request (count from 1 for each file) and answers None or one of: a status,
     "drop" (after half the bytes), "short" (half the bytes, and says so), "whole" (ignores ranges), "slow" (pauses),
-    "shift" (gives the bytes one further).
+    "silent" (never answers), "shift" (gives the bytes one further).
     """
 
     daemon_threads = True
@@ -29,7 +29,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.ranges: list[tuple[str, int, int]] = []
-        self.counting = threading.Lock()
+        self.counting, self.over = threading.Lock(), threading.Event()
 
     def handle_error(self, request, client_address) -> None:
         """A client that hangs up is part of the tests."""
@@ -71,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
         tag["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         if fault == "slow":
             time.sleep(0.5)
+        if fault == "silent":
+            self.server.over.wait()
+            return None
         if fault == "short":
             data = data[: len(data) // 2]
         return self._answer(206, data, tag, drop=fault == "drop")
@@ -96,5 +99,6 @@ def serving(folder: Path) -> Iterator[FaultyServer]:
     try:
         yield server
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()

@@ -74,7 +74,7 @@ def test_a_shard_that_changes_while_it_is_indexed(shard: Path, monkeypatch: pyte
 # Remote shards
 
 
-QUICK = Retry(attempts=4, seconds=20.0, first_pause=0.001, longest_pause=0.002)
+QUICK = Retry(attempts=4, seconds=600.0, first_pause=0.001, longest_pause=0.002)
 
 
 def test_remote_shards_use_the_index_beside_them(make_shards, make_sample) -> None:

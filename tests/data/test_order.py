@@ -25,7 +25,7 @@ def lane_ids(order, epoch, lane):
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SIZES, st.integers(1, 9), st.integers(1, 50), st.integers(0, 3), st.integers(0, 1000))
 def test_every_id_once_an_epoch(sizes, lanes, window, epoch, first):
     order = order_of(sizes, lanes, window, seed=5, first=first)

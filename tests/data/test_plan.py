@@ -48,7 +48,7 @@ def lengths_of(i):
     return 5 + (i * 37) % 60
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(any), min_size=1, max_size=3),
     st.integers(1, 6),

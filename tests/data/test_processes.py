@@ -65,7 +65,7 @@ def test_a_long_job_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
     pids = [int(caller.stdout.readline()) for _ in range(2)]
     caller.kill()
     caller.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "workers outlive their caller"
         time.sleep(0.01)

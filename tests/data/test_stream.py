@@ -105,14 +105,14 @@ ANY = {
 }
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(**ANY)
 def test_any_data_and_plan(**drawn) -> None:
     one_stream(**drawn)
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**ANY)
 def test_any_data_and_plan_at_length(**drawn) -> None:
     one_stream(**drawn)

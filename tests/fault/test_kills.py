@@ -60,7 +60,7 @@ def _step_reached(run_dir: Path) -> int:
 
 def _train_and_kill(tree, draw, kills, run_dir, most_lost) -> int:
     """Start two ranks, kill one of them; whether one was left to kill."""
-    ranks, _ = start_ranks(2, train_tree, tree, port=free_port(), timeout=120)
+    ranks, _ = start_ranks(2, train_tree, tree, port=free_port())
     delay = draw.uniform(0.0, 3.0)
     # Half of the kills wait for the first step, which is later on a busy machine.
     waits, before = draw.random() < 0.5, _step_reached(run_dir)

@@ -25,7 +25,7 @@ def test_kernels_in_the_interpreter():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " skipped" not in run.stdout.splitlines()[-1], run.stdout[-500:]

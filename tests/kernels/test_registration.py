@@ -119,7 +119,7 @@ def python(code, **environment):
     import os
 
     run = [sys.executable, "-c", code]
-    return subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, timeout=900)
 
 
 CHOICES = """

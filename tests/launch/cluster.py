@@ -16,7 +16,9 @@ import psutil
 
 _PROGRAMS = ("ip", "nsenter", "unshare", "ssh", "ssh-keygen", "sshd", "pdsh")
 _SBIN = ("/usr/sbin", "/sbin")
-_SSHD_SECONDS = 20.0
+PATIENCE = 900.0
+"""Seconds after which something hangs."""
+_ROUND_SECONDS = 0.25
 _NETWORK = "10.77.0"
 
 
@@ -32,6 +34,22 @@ def missing() -> str:
         return "`ip netns add` is not allowed here"
     _ip("netns", "del", name)
     return ""
+
+
+class Rounds:
+    """A clock for what is to happen within some seconds: a round of whoever waits counts as a quarter of one at most.
+
+    So a time in which nothing ran here, neither those who wait nor those who are waited for, does not count.
+    """
+
+    def __init__(self):
+        self.seconds, self._last = 0.0, time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and count the round that ends so."""
+        time.sleep(seconds)
+        now = time.monotonic()
+        self.seconds, self._last = self.seconds + min(now - self._last, _ROUND_SECONDS), now
 
 
 class Cluster:
@@ -111,7 +129,7 @@ class Cluster:
         wrapper.chmod(0o755)
 
     def _wait_for_sshd(self, name: str) -> None:
-        deadline = time.monotonic() + _SSHD_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while "Server listening on 0.0.0.0" not in (said := (self.folder / f"sshd.{name}").read_text()):
             assert self._sshd[name].poll() is None, f"sshd of {name}: {said}"
             assert time.monotonic() < deadline, f"sshd of {name}: {said}"
@@ -133,7 +151,7 @@ class Cluster:
 
     def run(self, name: str, command: list[str], **options) -> subprocess.CompletedProcess:
         """On a host, to its end."""
-        options = {"env": self.environment, "capture_output": True, "text": True, "timeout": 240} | options
+        options = {"env": self.environment, "capture_output": True, "text": True, "timeout": PATIENCE} | options
         return subprocess.run(self.on(name, command), **options)
 
     def start(self, name: str, command: list[str], **options) -> subprocess.Popen:
@@ -162,22 +180,26 @@ class Cluster:
     def processes(self, name: str) -> list[psutil.Process]:
         """Those that live on a host, without its sshd and the sessions of that."""
         space = os.stat(f"/proc/{self._sshd[name].pid}/ns/net").st_ino
-        return [process for process in _in_spaces({space}) if not process.name().startswith("sshd")]
+        return [process for process in _in_spaces({space}) if not _name(process).startswith("sshd")]
 
     def left(self) -> list[str]:
         """What still runs on any host, but for sshd."""
         found = [process for name in self.names for process in self.processes(name)]
         return [told for told in map(_told, found) if told]
 
-    def wait_until_empty(self, seconds: float) -> None:
+    def wait_until_empty(self, seconds: float = 5.0, but: str = "nothing") -> None:
         """
+        Args:
+            seconds: in rounds; by default less than an agent that is forgotten takes to end by itself.
+            but: words of a command that may run on.
+
         Raises:
             AssertionError: with what still runs after so many seconds.
         """
-        deadline = time.monotonic() + seconds
-        while left := self.left():
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
+        rounds = Rounds()
+        while left := [told for told in self.left() if but not in told]:
+            assert rounds.seconds < seconds, left
+            rounds.sleep(0.1)
 
     def close(self) -> None:
         """End whatever still runs on the hosts, and take them down."""
@@ -188,7 +210,7 @@ class Cluster:
             except FileNotFoundError:  # it has ended by itself
                 continue
         spaces.discard(os.stat("/proc/self/ns/net").st_ino)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE
         while (alive := _in_spaces(spaces)) and time.monotonic() < deadline:
             for process in alive:
                 try:
@@ -212,9 +234,12 @@ def _sweep() -> None:
     for name in _spaces():
         found = re.match(r"lumina-(\d+)-", name)
         if found and not psutil.pid_exists(int(found.group(1))):
-            for process in _in_spaces({os.stat(f"/run/netns/{name}").st_ino}):
-                process.kill()
-            _ip("netns", "del", name)
+            try:
+                for process in _in_spaces({os.stat(f"/run/netns/{name}").st_ino}):
+                    process.kill()
+                _ip("netns", "del", name)
+            except (FileNotFoundError, psutil.NoSuchProcess, AssertionError):
+                continue  # another test process sweeps too
 
 
 def _spaces() -> list[str]:
@@ -231,6 +256,13 @@ def _in_spaces(spaces: set[int]) -> list[psutil.Process]:
         except (OSError, psutil.NoSuchProcess):  # it has ended meanwhile
             continue
     return found
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:  # it is as good as one of those that do not count
+        return "sshd"
 
 
 def _told(process: psutil.Process) -> str:

@@ -9,9 +9,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from tests.launch.cluster import Cluster
-
-_PATIENCE_SECONDS = 120.0
+from tests.launch.cluster import PATIENCE, Cluster, Rounds
 
 
 class Launched:
@@ -54,18 +52,25 @@ class Launched:
         return json.loads(lines[-1])["step"] if lines else 0
 
     def wait(self, until, what: str) -> float:
-        """Seconds that it took until `until()`."""
-        started = time.monotonic()
+        """Seconds that it took until `until()`, in rounds."""
+        started, rounds = time.monotonic(), Rounds()
         while not until():
-            assert time.monotonic() - started < _PATIENCE_SECONDS, (
-                f"{what}: not within {_PATIENCE_SECONDS} s\n{self.said}"
-            )
+            assert time.monotonic() - started < PATIENCE, f"{what}: not within {PATIENCE} s\n{self.said}"
             assert self.process.poll() is None, f"{what}: it has ended\n{self.said}"
-            time.sleep(0.05)
-        return time.monotonic() - started
+            rounds.sleep(0.05)
+        return rounds.seconds
 
     def wait_for_step(self, step: int) -> float:
         return self.wait(lambda: self.step >= step, f"step {step}")
+
+    def wait_for_attempt(self, number: int = 0) -> float:
+        """Until it is begun: all hosts have been connected to."""
+        return self.wait((self.run_dir / "logs" / f"attempt_{number}").is_dir, f"attempt {number}")
+
+    def ranks_of(self, number: int) -> list[int]:
+        """Those that an attempt has started, whether they still run or not."""
+        logs = (self.run_dir / "logs" / f"attempt_{number}").glob("rank_*.log")
+        return sorted(int(path.stem.removeprefix("rank_")) for path in logs)
 
     def wait_for_more(self, steps: int = 10) -> float:
         """So many steps beyond those that have been trained by now."""
@@ -91,4 +96,4 @@ class Launched:
         return next(iter(self.ranks(host).values())).parent()
 
     def end(self) -> int:
-        return self.process.wait(_PATIENCE_SECONDS)
+        return self.process.wait(PATIENCE)

@@ -35,7 +35,7 @@ def test_the_losses_of_one_process(cluster_of, digits, tmp_path, spanning):
     command += ["--no_local_rank", "lumina", "train", config, *sizes]
     done = cluster.run("node-0", command, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    assert cluster.left() == []
+    cluster.wait_until_empty()
     train_on(1, tiny_config(tmp_path / "one", digits, **changes))
     ours, theirs = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "one")
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))

@@ -1,5 +1,6 @@
 """`lumina launch --hostfile` over several hosts: by every launcher, and with hosts and ranks that go away."""
 
+import json
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.launch.cluster import PATIENCE
 from tests.launch.launched import Launched
 from tests.parallel.runs import metrics_of, tiny_config, train_on
 
@@ -31,7 +33,7 @@ def test_every_launcher(cluster_of, digits, tmp_path, one_process, launcher):
     cluster = cluster_of(["a", "b"], own_name="127.0.1.1")
     launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, train__steps=20), launcher)
     assert launched.end() == 0, launched.said
-    assert cluster.left() == []
+    cluster.wait_until_empty()
     assert "ranks: 4 (data 4)" in launched.said
     assert launched.said.count("step 20/20") == 1
     assert [line["loss"] for line in metrics_of(launched.run_dir)] == pytest.approx(one_process, rel=1e-5)
@@ -43,7 +45,7 @@ def finish(launched):
     """As Ctrl-C does: it saves and ends, and nothing is left on any host."""
     launched.process.send_signal(signal.SIGINT)
     assert launched.end() == 0, launched.said
-    assert launched.cluster.left() == []
+    launched.cluster.wait_until_empty()
 
 
 def test_a_host_whose_processes_are_killed(cluster_of, digits, tmp_path):
@@ -57,13 +59,12 @@ def test_a_host_whose_processes_are_killed(cluster_of, digits, tmp_path):
         process.kill()
     named = launched.wait_for("host b is lost: its agent has ended")
     again = launched.wait_for(" on a (restart 1 of at most 1)")
-    assert psutil.wait_procs(gone, timeout=5)[1] == []
-    # At once, for b is back in a few seconds.
-    launched.wait(lambda: sorted(launched.ranks("a")) == [0, 1] and launched.ranks("b") == {}, "ranks 0 and 1 on a")
+    assert psutil.wait_procs(gone, timeout=PATIENCE)[1] == []
     back = launched.wait_for("b: there again; the run is saved, and goes on with more hosts")
     launched.wait_for("going on from the checkpoint of step ")
     launched.wait_for_more()
     assert (sorted(launched.ranks("a")), sorted(launched.ranks("b"))) == ([0, 1], [2, 3])
+    assert [launched.ranks_of(attempt) for attempt in range(3)] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
     finish(launched)
     steps = [line["step"] for line in metrics_of(launched.run_dir)]
     assert steps == list(range(1, len(steps) + 1))
@@ -77,10 +78,11 @@ def test_a_cable_that_is_pulled(cluster_of, digits, tmp_path):
     launched.wait_for_step(10)
     there = cluster.processes("b")
     cluster.cut("b")
-    named = launched.wait_for("host b is lost: not heard of for 10 s: it stopped, or the network to it is cut")
+    named = launched.wait_for("host b is lost: not heard of for ")
+    assert re.search(r"host b is lost: not heard of for \d\d s: it stopped, or the network to it is cut", launched.said)
     again = launched.wait_for(" on a (restart 1 of at most 100)")
     assert named < 12.5
-    assert psutil.wait_procs(there, timeout=5)[1] == []
+    assert psutil.wait_procs(there, timeout=PATIENCE)[1] == []
     assert cluster.processes("b") == []
     launched.wait_for_more()
     cluster.mend("b")
@@ -97,17 +99,20 @@ def test_a_cable_that_is_pulled(cluster_of, digits, tmp_path):
 def test_a_stopped_rank(cluster_of, digits, tmp_path):
     """The watchdog names it, from one host to another."""
     cluster = cluster_of(["a", "b"], own_name="127.0.1.1")
-    tree = tiny_config(tmp_path / "run", digits, watchdog__timeout=6.0, **ENDLESS)
+    tree = tiny_config(tmp_path / "run", digits, watchdog__timeout=15.0, **ENDLESS)
     launched = Launched(cluster, tmp_path, tree, "ssh")
     launched.wait_for_step(10)
     rank = launched.ranks("b")[3]
     rank.suspend()
     named = launched.wait_for(f"rank 3 (host b, pid {rank.pid}, pipeline stage 0) has not been heard of for")
     again = launched.wait_for(" on a, b (restart 1 of at most 100)")
-    assert named < 6.0 + 2 + 1.5
     assert not rank.is_running()
-    (hang,) = (launched.run_dir / "hangs").iterdir()
-    assert sorted(path.name for path in hang.glob("rank_*")) == [f"rank_{rank:05d}.txt" for rank in range(3)]
+    reports = [json.loads(path.read_text()) for path in launched.run_dir.glob("hangs/*/report.json")]
+    # By the clock of the one that noticed it; where that one is slow to speak, the deputy on the other host does too.
+    assert all(15.0 < report["heartbeats"][3]["heard_seconds_ago"] < 15.0 + 2 for report in reports)
+    assert 1 <= len(reports) <= 2
+    stacks = {path.name for path in launched.run_dir.glob("hangs/*/rank_*")}
+    assert stacks == {f"rank_{rank:05d}.txt" for rank in range(3)}
     launched.wait_for_more()
     finish(launched)
     print(f"stopped rank: named after {named:.1f} s, restarted {again:.1f} s later")
@@ -118,15 +123,18 @@ def test_a_stopped_agent_of_a_layout_that_needs_all_hosts(cluster_of, digits, tm
     cluster = cluster_of(["a", "b"])
     layout = {"parallel__pipeline": 2, "parallel__tensor": 2}
     launched = Launched(cluster, tmp_path, tiny_config(tmp_path / "run", digits, **ENDLESS, **layout), "pdsh")
+    connected = launched.wait_for_attempt()
     launched.wait_for_step(10)
     gone = [launched.agent("b"), *launched.ranks("b").values()]
     gone[0].suspend()
-    named = launched.wait_for("host b is lost: not heard of for 10 s")
+    named = launched.wait_for("host b is lost: not heard of for ")
     launched.wait_for("the layout does not fit on the hosts that are left (a): waiting for others to return")
     assert named < 12.5
     again = launched.wait_for(" on a, b (restart 1 of at most 100)")
-    assert again < 15.0
-    assert psutil.wait_procs(gone, timeout=5)[1] == []
+    # It is tried again after 4 s, and used once it has been there for 5; 15 s in all, where it is connected to as fast
+    # as on a machine with nothing else to do.
+    assert again < 9.0 + max(6.0, 2 * connected)
+    assert psutil.wait_procs(gone, timeout=PATIENCE)[1] == []
     launched.wait_for_more()
     finish(launched)
     print(f"stopped agent: named after {named:.1f} s, restarted {again:.1f} s later")
@@ -165,7 +173,7 @@ def test_a_host_that_cannot_be_reached(cluster_of, digits, tmp_path, launcher):
     assert said[0].startswith("host elsewhere: cannot be reached: ssh: Could not resolve hostname elsewhere: ")
     assert re.match(r"host b: cannot be reached: .*/no/python: ([Nn]o such file|not found)", said[1])
     assert not (tmp_path / "run").exists()
-    assert cluster.left() == []
+    cluster.wait_until_empty()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

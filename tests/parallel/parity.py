@@ -203,7 +203,7 @@ def run_cases(rank: int, cases: list[Case], ports: list[int]) -> list[tuple[list
 def run_all(cases: list[Case]) -> list[Run]:
     """Cases of one world size, on that many ranks."""
     (world,) = {case.world for case in cases}
-    told = run_ranks(world, run_cases, cases, [free_port() for _ in cases], timeout=900)[0]
+    told = run_ranks(world, run_cases, cases, [free_port() for _ in cases])[0]
     runs = []
     for losses, norms, values in told:
         parameters = {k: torch.frombuffer(bytearray(v), dtype=torch.float32) for k, v in values.items()}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.parallel.runs import metrics_of, tiny_config, train_on
-from tests.parallel.workers import free_port
+from tests.parallel.workers import PATIENCE, free_port
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
@@ -29,7 +29,7 @@ def launch(launcher, config, *overrides):
     """The command under a launcher; its exit code and what it wrote."""
     command = [str(word).format(port=free_port()) for word in LAUNCHERS[launcher]]
     done = subprocess.run(
-        [*command, "lumina", "train", str(config), *overrides], capture_output=True, text=True, timeout=240
+        [*command, "lumina", "train", str(config), *overrides], capture_output=True, text=True, timeout=PATIENCE
     )
     return done.returncode, done.stdout + done.stderr
 

@@ -6,16 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.workers import run_ranks
+from tests.parallel.workers import PATIENCE, run_ranks
 
 # 8 frames of 128 rows of 127 patches, with nextline and nextframe tokens: a number that 4 does not divide.
 SHAPE, TOKENS = (8, 1, 256, 254), 131_079
 
 
+def memory(name: str) -> int:
+    """A number of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
 def peak_memory() -> int:
     """Bytes of memory that this process has held at most since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return memory("VmHWM")
 
 
 def reset_peak() -> int:
@@ -24,8 +29,8 @@ def reset_peak() -> int:
     return peak_memory()
 
 
-def long_sample(rank: int, ring: int) -> tuple[float, list[float], int, float]:
-    """Loss and gradients, summed over ranks; bytes that forward and backward took at most; seconds."""
+def long_sample(rank: int, ring: int) -> tuple[float, list[float], int, float, int]:
+    """Loss and gradients, summed over ranks; bytes that forward and backward took at most; seconds; bytes swapped."""
     from lumina.config.schema import ParallelConfig
     from lumina.model.config import FlagDiTConfig
     from lumina.model.flag_dit import FlagDiT
@@ -67,15 +72,15 @@ def long_sample(rank: int, ring: int) -> tuple[float, list[float], int, float]:
     gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     totals = mesh.sum([float(loss.detach()), *gradients.tolist()])
     close_mesh(mesh)
-    return totals[0], totals[1:], peak, seconds
+    return totals[0], totals[1:], peak, seconds, memory("VmSwap")
 
 
 @pytest.mark.slow
 def test_a_sample_of_131079_tokens_on_1_and_4_ranks(monkeypatch):
     # Freed tensors go back to the system at once, so that the peak is that of tensors and not of malloc.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    told = {size: run_ranks(size, long_sample, size, timeout=900, start="spawn") for size in (1, 4)}
-    loss, gradients, whole, _ = told[1][0]
+    told = {size: run_ranks(size, long_sample, size, timeout=4 * PATIENCE, start="spawn") for size in (1, 4)}
+    loss, gradients, whole, *_ = told[1][0]
     gradients = torch.tensor(gradients, dtype=torch.float64)
     for size, ranks in told.items():
         peak, seconds = max(rank[2] for rank in ranks), max(rank[3] for rank in ranks)
@@ -84,4 +89,7 @@ def test_a_sample_of_131079_tokens_on_1_and_4_ranks(monkeypatch):
             assert found_loss == pytest.approx(loss, rel=1e-5)
             apart = torch.tensor(found, dtype=torch.float64) - gradients
             assert apart.norm() < 1e-5 * gradients.norm()
-        assert peak * size == pytest.approx(whole, rel=0.25)
+    if any(rank[4] for ranks in told.values() for rank in ranks):
+        pytest.skip("this machine swaps: how much memory a rank has held cannot be told, its numbers are right")
+    for size, ranks in told.items():
+        assert max(rank[2] for rank in ranks) * size == pytest.approx(whole, rel=0.25)

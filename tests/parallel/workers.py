@@ -2,10 +2,10 @@
 
 import faulthandler
 import os
-import random
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
@@ -13,24 +13,21 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+PATIENCE = 1800.0
+"""Seconds after which something hangs, on a machine however slow: a guard, which nothing is to come near."""
+_held: deque[socket.socket] = deque(maxlen=300)  # more than any test asks for before it uses them
+
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on, nor is given by the system to one who only connects.
+    """A TCP port that the system gives to no other test meanwhile, however late it is used."""
+    from lumina.launch.ranks import held_port
 
-    It may be used minutes later, after many connections of other runs.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+    _held.append(held_port())
+    return _held[-1].getsockname()[1]
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300, start: str = "forkserver"
+    world: int, function: Callable[..., Any], *arguments: Any, timeout: float = PATIENCE, start: str = "forkserver"
 ) -> list[Any]:
     """`function(rank, *arguments)` on `world` processes; what each returned, by rank.
 
@@ -51,7 +48,7 @@ def run_ranks(
         if failure:
             failures.append(f"rank {rank}:\n{failure}")
             for process in ranks:
-                process.terminate()
+                process.kill()  # what waits for another in a collective does not end when it is asked to
             break
     for process in ranks:
         process.join(timeout)
@@ -60,7 +57,12 @@ def run_ranks(
 
 
 def start_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, port: int, timeout: float, start: str = "forkserver"
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    port: int,
+    timeout: float = PATIENCE,
+    start: str = "forkserver",
 ) -> tuple[list, Any]:
     """The processes of `run_ranks`, running, and the queue of (rank, result, failure) to which they answer."""
     context = mp.get_context(start)

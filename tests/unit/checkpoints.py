@@ -10,6 +10,7 @@ from lumina.checkpoint.load import Checkpoint
 from lumina.checkpoint.manifest import step_folder
 from lumina.checkpoint.save import Piece, Saver, SaveState
 from lumina.parallel.mesh import Mesh, World
+from tests.parallel.workers import PATIENCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +22,9 @@ class ThreadMesh(Mesh):
 
     def _all(self, value):
         self.values[self.world.rank] = value
-        self.all_here.wait(timeout=30)
+        self.all_here.wait(timeout=PATIENCE)
         values = list(self.values)
-        self.all_here.wait(timeout=30)
+        self.all_here.wait(timeout=PATIENCE)
         return values
 
     def barrier(self):

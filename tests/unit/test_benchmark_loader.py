@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -123,7 +124,7 @@ def test_time_of_children_counts(waits):
         done.set()
     child.start()
     child.join(0.1 if waits else None)
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 600
     while processes.cpu_seconds() - before < 0.38 and time.monotonic() < limit:
         time.sleep(0.02)
     assert processes.cpu_seconds() - before >= 0.38
@@ -137,10 +138,12 @@ def test_memory_of_children_counts():
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"held\n"
     during = processes.memory()
+    own = psutil.Process(child.pid).memory_full_info()  # less than it has asked for, where the system swaps
     child.communicate(b"\n")
-    for one, other in zip(before, during, strict=True):
-        assert 195 < (other - one) / 2**20 < 260
-    assert processes.memory().resident < during.resident - 190 * 2**20
+    for one, other, held in zip(before, during, (own.rss, own.pss), strict=True):
+        assert abs(other - one - held) < 30 * 2**20
+    assert own.swap + own.pss > 195 * 2**20
+    assert processes.memory().resident < during.resident - own.rss + 30 * 2**20
 
 
 def test_a_fresh_process_does_not_inherit_the_peak():

@@ -63,7 +63,7 @@ def two_layouts(draw):
     return shape, draw(layouts(shape)), draw(layouts(shape)), draw(st.randoms(use_true_random=False))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(two_layouts())
 def test_what_one_layout_saves_any_other_reads(case):
     shape, saved, wanted, random = case

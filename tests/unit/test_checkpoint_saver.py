@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lumina.checkpoint.save import Piece, Saver
 from lumina.config.load import validate
 from lumina.parallel.activity import Phase
 from tests.parallel.runs import tiny_config
+from tests.parallel.workers import PATIENCE
 from tests.unit.checkpoints import on_ranks, one_tensor, save, save_on_ranks, state_of, whole
 
 
@@ -111,7 +113,7 @@ class Gate:
         self.open, self.files, write = threading.Event(), [], saving._write
 
         def gated(path, pieces, *rest):
-            assert self.open.wait(timeout=30)
+            assert self.open.wait(timeout=PATIENCE)
             self.files.append(path)
             return write(path, pieces, *rest)
 
@@ -149,7 +151,7 @@ def test_an_update_waits_for_the_copies(tmp_path, monkeypatch):
     may_copy, copies_of, order = threading.Event(), Saver._copies_of, []
 
     def late(self, pieces):
-        assert may_copy.wait(timeout=30)
+        assert may_copy.wait(timeout=PATIENCE)
         yield from copies_of(self, pieces)
         order.append("copied")
 
@@ -157,20 +159,34 @@ def test_an_update_waits_for_the_copies(tmp_path, monkeypatch):
 
     def work(mesh):
         saver, values = Saver(tmp_path, config_of(tmp_path, **{"async": True}), mesh), torch.arange(4.0)
+        asked = time.perf_counter()
         saver.start(state_of(1), [Piece("master", "w", (4,), 0, values)])
-        began, waited = saver.take_seconds(), threading.Timer(0.3, may_copy.set)
-        waited.start()
+        answered, began = time.perf_counter(), saver.take_seconds()
+
+        wait, waited = saver._copied.wait, []
+
+        def waits():
+            waited.append(time.perf_counter())
+            may_copy.set()
+            wait()
+            waited.append(time.perf_counter())
+
+        monkeypatch.setattr(saver._copied, "wait", waits)
+        before = time.perf_counter()
         saver.before_update()
+        after = time.perf_counter()
         order.append("update")
+        may_copy.set()
         values += 100
         held_up = saver.take_seconds()
         saver.finish()
         saver.close()
-        return began, held_up
+        return (began, answered - asked), (waited[1] - waited[0], held_up, after - before)
 
-    ((began, held_up),) = on_ranks(1, work)
+    (((began, start), (waited, held_up, update)),) = on_ranks(1, work)
     assert order == ["copied", "update"]
-    assert began < 0.25 < held_up
+    assert 0 < began <= start
+    assert 0 < waited <= held_up <= update
     assert Checkpoint(checkpoints_of(tmp_path)[0]).read("master", "w").tolist() == [0.0, 1.0, 2.0, 3.0]
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lumina import __version__
 from tests.parallel.runs import tiny_config
+from tests.parallel.workers import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -229,7 +230,7 @@ def results(folder, put_in):
         text=True,
         cwd=ROOT,
         env=ENVIRONMENT,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -32,7 +32,7 @@ def numbers(count, dtype, seed=0):
     count=st.integers(0, 70),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_checksum_is_a_sum_of_integers(dtype, start, count, seed):
     """Of eight bytes at a time where they lie at a multiple of eight of the storage, of elements at the ends."""
     values = numbers(start + count, dtype, seed)[start:]
@@ -177,7 +177,7 @@ def test_who_differs(sums, expected):
     st.integers(8, 12),
     st.sampled_from([0.5, 3.0, 10.0]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_limit_is_the_documented_formula(values, window, factor):
     detector = SpikeDetector(factor, window)
     for i, value in enumerate(values):

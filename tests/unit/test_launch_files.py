@@ -79,7 +79,7 @@ def test_the_slurm_file_calls_our_command(tmp_path, monkeypatch):
         stdout=subprocess.PIPE,
         text=True,
     )
-    pid, *words = batch.communicate(timeout=20)[0].splitlines()
+    pid, *words = batch.communicate(timeout=300)[0].splitlines()
     assert int(pid) == batch.pid  # SIGTERM to the batch step reaches it
     assert words[0] == "launch"
     assert words[-3:] == arguments

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -28,6 +29,8 @@ from lumina.launch.messages import (
     encode,
 )
 
+PATIENCE = 120.0
+"""Seconds after which something hangs."""
 MESSAGES = [
     Beat(),
     Prepare("/runs/a b"),
@@ -59,8 +62,8 @@ def ends():
 
 
 def received(channel, count=1):
-    """So many messages, or what there is after five seconds or the end."""
-    found, deadline = [], time.monotonic() + 5
+    """So many messages, or what there is at the end."""
+    found, deadline = [], time.monotonic() + PATIENCE
     while len(found) < count and not channel.closed and time.monotonic() < deadline:
         found += channel.receive()
         time.sleep(0.005)
@@ -68,7 +71,7 @@ def received(channel, count=1):
 
 
 def ended(channel):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while not channel.closed and time.monotonic() < deadline:
         assert channel.receive() == []
         time.sleep(0.005)
@@ -137,8 +140,10 @@ def test_lines_come_in_pieces(ends):
     first, second = encode(Line("a · b")), encode(Over(2, 1))
     middle = len(first) // 2
     other.sendall(first[:middle])
-    time.sleep(0.05)
-    assert channel.receive() == []
+    deadline = time.monotonic() + PATIENCE
+    while not channel._partial:  # it is under way
+        assert channel.receive() == []
+        assert time.monotonic() < deadline
     other.sendall(first[middle:] + second[:5])
     assert received(channel) == [Line("a · b")]
     other.sendall(second[5:])
@@ -148,10 +153,10 @@ def test_lines_come_in_pieces(ends):
 
 def test_beats_are_heard_and_not_returned(ends):
     channel, other = ends
-    channel.heard = 0.0
+    channel.heard, began = 0.0, time.monotonic()
     other.sendall(encode(Beat()) + encode(Line("x")) + encode(Beat()))
     assert received(channel) == [Line("x")]
-    assert time.monotonic() - channel.heard < 5
+    assert channel.heard >= began
     channel.heard = 0.0
     assert channel.receive() == []
     assert channel.heard == 0.0  # silence is not heard
@@ -167,7 +172,7 @@ def test_a_line_without_end_is_not_kept(ends):
     """4 MiB are the limit: a talker without line ends must not fill the memory."""
     channel, other = ends
     other.setblocking(False)
-    block, sent, deadline = b"x" * (1 << 16), 0, time.monotonic() + 10
+    block, sent, deadline = b"x" * (1 << 16), 0, time.monotonic() + PATIENCE
     while not channel.closed and time.monotonic() < deadline:
         try:
             sent += other.send(block)
@@ -183,7 +188,7 @@ def test_a_line_without_end_is_not_kept(ends):
 
 def test_a_long_line_is_whole(ends):
     channel, other = ends
-    other.settimeout(5)
+    other.settimeout(PATIENCE)
     text = "y" * 3_000_000
     line, found = encode(Line(text)), []
     for start in range(0, len(line), 1 << 16):
@@ -205,12 +210,17 @@ def test_what_was_said_before_the_end_is_read(ends):
 def test_sending_does_not_wait_for_a_reader(ends):
     """What the other side does not take yet goes with what is sent later; far too much of it is the end."""
     channel, other = ends
-    began = time.monotonic()
-    for number in range(40):
-        channel.send(Line(f"{number} " + "z" * 250_000))
-    assert time.monotonic() - began < 5
+
+    def send():
+        for number in range(40):
+            channel.send(Line(f"{number} " + "z" * 250_000))
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    sender.join(PATIENCE)
+    assert not sender.is_alive()  # nobody has read
     assert not channel.closed
-    other.settimeout(5)
+    other.settimeout(PATIENCE)
     reader, lines = other.makefile("rb"), []
     while len(lines) < 40:
         channel.send(Beat())

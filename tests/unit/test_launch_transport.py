@@ -52,7 +52,7 @@ def far(tmp_path, monkeypatch):
 
 def told(command, launcher):
     """Where it ran, and the arguments that arrived."""
-    done = subprocess.run(command, env=environment_of(launcher), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment_of(launcher), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     folder, arguments = json.loads(done.stdout)
     return Path(folder), arguments
@@ -100,7 +100,7 @@ def test_no_shell_stays_before_it(far, name, launcher):
     """It would take the signals, and die of them without passing them on."""
     command = command_on(Host(name, (0,)), launcher, ["-c", "import os; print(os.getpid())"])
     process = subprocess.Popen(command, env=environment_of(launcher), stdout=subprocess.PIPE, text=True)
-    assert int(process.communicate(timeout=60)[0]) == process.pid
+    assert int(process.communicate(timeout=600)[0]) == process.pid
 
 
 def test_a_folder_outside_of_home_stays(far, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_a_run_on_two_nodes_of_a_job(job, tmp_path):
     srun.write_text(SRUN.format(home=shlex.quote(str(Path.home())), calls=shlex.quote(str(tmp_path / "calls"))))
     srun.chmod(0o755)
     script.write_text(RANK)
-    done = subprocess.run([sys.executable, "-c", LAUNCH, run, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LAUNCH, run, script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == ["rank 0 is here"]
     of = {path.name: path.read_text() for path in run.glob("rank_*")}

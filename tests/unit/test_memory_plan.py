@@ -54,7 +54,7 @@ def held(rank, folder, layouts, ports):
 
 @pytest.mark.slow
 def test_the_engine_has_what_was_planned(tmp_path):
-    of_ranks = run_ranks(2, held, tmp_path, LAYOUTS, [free_port() for _ in LAYOUTS], timeout=120)
+    of_ranks = run_ranks(2, held, tmp_path, LAYOUTS, [free_port() for _ in LAYOUTS])
     for number, layout in enumerate(LAYOUTS):
         config = config_of(tmp_path, **layout)
         plans = plan_memory(config, model_config(config), 2)

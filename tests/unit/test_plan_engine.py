@@ -51,8 +51,10 @@ def point(layout, dtype):
 
 
 def most_alive(rank, world, layouts, ports):
-    """Bytes of tensors of this rank at the fullest moment of its third step, and its messages of gradients in a fourth,
-    those of a few numbers apart.
+    """Bytes of tensors of this rank at the fullest moment of a step, and what it sends of gradients in another, messages
+    of a few numbers apart.
+
+    Of three steps after the second the least: gloo's threads let go of messages late, the later the busier the machine.
     """
     from lumina.benchmark.live_bytes import LiveBytes
     from lumina.benchmark.recorded_messages import recorded_messages
@@ -67,18 +69,19 @@ def most_alive(rank, world, layouts, ports):
             config, sizes = configured(asked, world)
             mesh = open_mesh(config.parallel)
             bench = Bench(asked, config, sizes, mesh)
-            for _ in range(3):
+            of_steps = []
+            for _ in range(5):
                 gc.collect()
                 live.peak = live.live
                 bench._step()
-            peak = live.peak
+                of_steps.append(live.peak)
             with recorded_messages(mesh) as messages:
                 bench._step()
             sums = Counter()
             for message, count in messages.items():
                 if message.axis == "gradient" and message.bytes > 8:
                     sums[message.operation] += message.bytes * count
-            told.append((peak, dict(sums)))
+            told.append((min(of_steps[2:]), dict(sums)))
             bench.engine.close()
             close_mesh(mesh)
             del bench
@@ -87,7 +90,7 @@ def most_alive(rank, world, layouts, ports):
 
 @pytest.mark.slow
 def test_a_step_holds_and_sends_what_was_planned():
-    of_ranks = run_ranks(2, most_alive, 2, LAYOUTS, [free_port() for _ in LAYOUTS], timeout=300)
+    of_ranks = run_ranks(2, most_alive, 2, LAYOUTS, [free_port() for _ in LAYOUTS])
     for (layout, dtype), *told in zip(LAYOUTS, *of_ranks, strict=True):
         config, sizes = configured(point(layout, dtype), 2)
         frames, _, height, width = latent_shape(TOKENS, sizes)

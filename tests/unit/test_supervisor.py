@@ -16,12 +16,16 @@ from lumina.config.exits import BAD_INPUT, CRASH_LOOP, FAILED, HANG
 from lumina.launch.console import Console, Said
 from lumina.launch.crew import Tail, furthest_step, newest_checkpoint
 from lumina.launch.messages import Ended
+from lumina.launch.supervisor import _GRACE_SECONDS, _SETTLE_SECONDS
 
+PATIENCE = 600.0
+"""Seconds after which something hangs."""
 SUPERVISE = (
-    "import sys; from pathlib import Path; from lumina.launch.hosts import LocalHost; "
-    "from lumina.launch.supervisor import Supervisor; "
-    "world, run_dir, restarts, *arguments = sys.argv[1:]; "
-    "sys.exit(Supervisor(LocalHost(int(world)), arguments, Path(run_dir), int(restarts)).run())"
+    "import sys; from pathlib import Path; from lumina.launch import supervisor; "
+    "from lumina.launch.hosts import LocalHost; "
+    "settle, grace, world, run_dir, restarts, *arguments = sys.argv[1:]; "
+    "supervisor._SETTLE_SECONDS, supervisor._GRACE_SECONDS = float(settle), float(grace); "
+    "sys.exit(supervisor.Supervisor(LocalHost(int(world)), arguments, Path(run_dir), int(restarts)).run())"
 )
 # A rank: it says where it is, does what the test wants, and lasts until it is told to end.
 RANK = """
@@ -36,25 +40,28 @@ def reached(step):
 def say(text):
     print(text, file=sys.stderr, flush=True)
 def last():
-    time.sleep(60)
+    time.sleep(1200)
 """
 
 
 class Supervised:
-    """A supervisor in a process of its own."""
+    """A supervisor in a process of its own.
 
-    def __init__(self, folder: Path, body: str, world=2, restarts=100):
+    settle, grace: seconds for the other ranks, from the failure of one on and when they are told to end. Where a test
+    is about what they do meanwhile they are so many that a busy machine has time for it; as they are, where they pass.
+    """
+
+    def __init__(self, folder: Path, body: str, world=2, restarts=100, settle=_SETTLE_SECONDS, grace=_GRACE_SECONDS):
         self.run_dir = folder / "run"
         script = folder / "rank.py"
         script.write_text(RANK + body)
-        command = [sys.executable, "-c", SUPERVISE, str(world), str(self.run_dir), str(restarts)]
-        self.process = subprocess.Popen(
-            [*command, "-S", str(script), str(self.run_dir)], stderr=subprocess.PIPE, text=True
-        )
+        words = map(str, (settle, grace, world, self.run_dir, restarts, "-S", script, self.run_dir))
+        self.process = subprocess.Popen([sys.executable, "-c", SUPERVISE, *words], stderr=subprocess.PIPE, text=True)
+        _started.append(self.process)
 
     def end(self) -> tuple[int, str]:
         """Exit code and what was said; nothing is left."""
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=PATIENCE)
         left = [p for p in psutil.process_iter(["cmdline"]) if str(self.run_dir) in (p.info["cmdline"] or [])]
         assert left == []
         return self.process.returncode, said
@@ -62,21 +69,42 @@ class Supervised:
     def here(self, attempt: int, rank: int) -> tuple[int, str]:
         """Process and port of a rank, once it is there."""
         path = self.run_dir / f"here_{attempt}_{rank}"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not path.exists() or not path.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         return tuple(json.loads(path.read_text()))
 
 
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Of a test that fails either: ranks end with their supervisor."""
+    yield
+    for process in _started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    _started.clear()
+
+
 def gone(pid: int) -> bool:
-    """Whether it ends within a few seconds."""
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    """Whether it ends."""
+    deadline = time.monotonic() + PATIENCE
+    while _lives(pid):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_ranks_know_each_other_and_write_into_files(tmp_path):
@@ -92,7 +120,7 @@ def test_ranks_know_each_other_and_write_into_files(tmp_path):
 
 
 def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
-    """Not the rank that notices it; that one has a moment to write down what it sees."""
+    """Not the rank that notices it, and says so if it is let; that one has a moment to write down what it sees."""
     body = (
         "reached(attempt + 1)\n"
         "if attempt: sys.exit(0)\n"
@@ -104,9 +132,9 @@ def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
         "while not other.exists() or not other.read_text(): time.sleep(0.01)\n"
         "stat = Path(f'/proc/{json.loads(other.read_text())[0]}/stat')\n"
         "while ') Z' not in stat.read_text(): time.sleep(0.01)\n"
-        "time.sleep(0.2); say('lumina train: a rank is gone'); last()"
+        "time.sleep(30); say('lumina train: a rank is gone'); last()"
     )
-    run = Supervised(tmp_path, body)
+    run = Supervised(tmp_path, body, settle=PATIENCE, grace=PATIENCE)
     (first, _), (second, _) = run.here(0, 0), run.here(0, 1)
     os.kill(second, signal.SIGKILL)
     code, said = run.end()
@@ -140,7 +168,7 @@ def test_the_first_error_is_told_once(tmp_path):
         "say(f'lumina train: rank {rank}: the data are gone' if rank == 1 else 'lumina train: rank 2: Broken pipe')\n"
         "sys.exit(1)"
     )
-    code, said = Supervised(tmp_path, body, world=3, restarts=0).end()
+    code, said = Supervised(tmp_path, body, world=3, restarts=0, settle=PATIENCE).end()
     assert code == FAILED
     host = os.uname().nodename
     assert said.splitlines()[0] == f"lumina launch: rank 1 on {host}: the data are gone"
@@ -173,7 +201,7 @@ def test_an_end_without_a_word(tmp_path):
 
 def test_bad_input_is_not_tried_again_and_leaves_nothing(tmp_path):
     body = "os.remove(run / f'here_{attempt}_{rank}')\nsay('lumina train: parallel.tensor=3 is wrong'); sys.exit(2)"
-    run = Supervised(tmp_path, body)
+    run = Supervised(tmp_path, body, settle=PATIENCE)
     code, said = run.end()
     assert code == BAD_INPUT
     assert said.count("parallel.tensor=3 is wrong") == 1
@@ -234,9 +262,11 @@ def test_what_ranks_leave_behind_is_ended(tmp_path):
     """A process of their group, and one in a session of its own."""
     body = (
         "children = [subprocess.Popen(['sleep', '600'], start_new_session=new) for new in (False, True)]\n"
-        "(run / f'children_{rank}').write_text(json.dumps([child.pid for child in children]))\n"
+        "(run / f'begun_{rank}').write_text(json.dumps([child.pid for child in children]))\n"
+        "(run / f'begun_{rank}').rename(run / f'children_{rank}')\n"
         "if rank: last()\n"
-        "time.sleep(0.5); os._exit(1)"
+        "while not (run / 'children_1').exists(): time.sleep(0.01)\n"
+        "os._exit(1)"
     )
     run = Supervised(tmp_path, body, restarts=0)
     assert run.end()[0] == FAILED

@@ -1,6 +1,8 @@
 """Who is blamed, by heartbeats and times that a test makes up; and where a thread stands."""
 
 import json
+import multiprocessing
+import sys
 import threading
 import time
 import types
@@ -9,6 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from lumina.config.exits import HANG
 from lumina.parallel import watchdog
 from lumina.parallel.activity import Activity, Phase
 from lumina.parallel.mesh import Mesh, World, first_then_others
@@ -68,6 +71,18 @@ def test_a_silent_rank():
         "backward of micro-batch 3, at lumina/model/attention.py:10 in forward; waiting: ranks 0–1, 3 in all_reduce "
         "(called at lumina/parallel/mesh.py:9 in sum) of step 7"
     )
+
+
+@pytest.mark.parametrize("last", [beat(1, idle=0.4), waits(1, 0.4)], ids=["at work", "in the same sum"])
+def test_silence_is_told_as_silence(last):
+    """Of a rank that is stopped, whatever it was at when it was last heard of, and whoever waits for it."""
+    monitor = Monitor(peers(2), TIMEOUT)
+    monitor.hear(last, 100.0)
+    for second in range(1, 11):
+        monitor.hear(waits(0, second + 0.3, number=1 + second), 100.0 + second)
+        assert monitor.judge(100.0 + second) is None
+    verdict = monitor.judge(110.1)
+    assert (verdict.kind, verdict.ranks) == ("silent", [1])
 
 
 def test_silence_counts_while_a_run_is_opened_and_idleness_does_not():
@@ -248,7 +263,7 @@ class Standing:
 
     def __enter__(self):
         self._thread.start()
-        assert self._there.wait(20)
+        assert self._there.wait(600)
         return place_of(self._thread.ident)
 
     def __exit__(self, *_):
@@ -322,7 +337,8 @@ def test_waiting_that_the_stack_does_not_show(tmp_path, line, collective, waits_
     thread = threading.Thread(target=names["f"])
     thread.start()
     there.wait()
-    time.sleep(0.05)
+    while sys._current_frames()[thread.ident].f_code.co_name != "f":  # it is in `set` yet
+        time.sleep(0.005)
     place = place_of(thread.ident)
     lock.release()
     thread.join()
@@ -358,6 +374,18 @@ def test_noise_from_elsewhere_is_let_pass(tmp_path, monkeypatch):
     assert watch._monitor.unheard() == [0, 1]
     watch._take(json.dumps(good).encode(), ("10.0.0.9", 5), 100.0)
     assert (watch._monitor.unheard(), watch._addresses) == ([0], {1: ("10.0.0.9", 5)})
+
+
+def test_a_rank_that_is_told_to_end_does_so_on_a_disk_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_LAST_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_write_stacks", lambda *_: threading.Event().wait())
+    watch = object.__new__(watchdog.Watchdog)
+    watch._mesh = Mesh(World(0, 2, 0), torch.device("cpu"))
+    order = (tmp_path, ("127.0.0.1", 5))
+    rank = multiprocessing.get_context("fork").Process(target=watch._end, args=order, daemon=True)
+    rank.start()
+    rank.join(600)
+    assert rank.exitcode == HANG
 
 
 def test_an_order_names_no_folder_elsewhere(tmp_path, monkeypatch):
