@@ -69,7 +69,7 @@ def test_the_snippet_of_classes(capsys):
 
 
 def test_json_says_why_not(capsys):
-    content = content_of(capsys, "--model", "600m", "--gpus", "2", "--memory", "6", "--tokens", "65536")
+    content = content_of(capsys, "--model", "600m", "--gpus", "2", "--memory", "8", "--tokens", "65536")
     layouts = content["layouts"]
     assert {one["fits"] for one in layouts} == {True, False}
     for one in layouts:

@@ -51,8 +51,8 @@ def point(layout, dtype):
 
 
 def most_alive(rank, world, layouts, ports):
-    """Bytes of tensors of this rank at the fullest moment of a step, and what it sends of gradients in another, messages
-    of a few numbers apart.
+    """Bytes of tensors of this rank at the fullest moment of a step, and what it sends of gradients in another, but
+    messages of a few numbers.
 
     Of three steps after the second the least: gloo's threads let go of messages late, the later the busier the machine.
     """

@@ -71,7 +71,7 @@ def of_models(*overrides, **options):
 
 def test_the_largest_model_is_the_largest_of_all():
     """With 12, 14 and 16 heads there are layouts that fit, with 13 and 15 none that do."""
-    work = of_models(memory=3.5)
+    work = of_models(memory=4.58)
     sizes, (_, memory) = largest_model(work)
     assert memory.on_device <= work.memory
     models = {model.n_heads: model for model in shapes(work.sizes)}
@@ -103,8 +103,8 @@ def test_blocks_and_key_value_heads_are_held(capsys):
     ("words", "there", "not_there"),
     [
         (
-            ["--fit", "tokens", "--gpus", "2", "--memory", "4", "--model", "600m"],
-            ["a sample a pack, 2 packs a step\n2 × h100-80g; 1.9 GiB", "the longest sample: "],
+            ["--fit", "tokens", "--gpus", "2", "--memory", "5", "--model", "600m"],
+            ["a sample a pack, 2 packs a step\n2 × h100-80g; 2.8 GiB", "the longest sample: "],
             ["4,096", "1 × ", "host,", "on 1 host"],
         ),
         (
