@@ -77,7 +77,7 @@ def test_json_says_why_not(capsys):
             assert one["why"] is None
         else:
             gib = one["memory"]["on_device"] / 2**30
-            assert one["why"].startswith(f"{gib:,.1f} GiB of {4 * 0.95:,.1f}: ")
+            assert one["why"].startswith(f"{gib:,.1f} GiB of {6 * 0.95:,.1f}: ")
 
 
 def test_a_plan_says_why_not(capsys):
