@@ -7,14 +7,16 @@ import sys
 
 import pytest
 
+from lumina.benchmark import rates
 from lumina.config.devices import DEVICES
 from lumina.model.flops import forward_flops
+from lumina.parallel.gloo_speed import GlooSpeed, gloo_speed
 from lumina.parallel.layout import check_layout
 from lumina.planner.cost import Network, Part, Speeds, pass_time, step_time
 from lumina.planner.memory import fullest_stage, largest, place_of, plan_memory
-from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, SEND
-from lumina.planner.search import axes_of, best_of_each, search, time_of, variants
-from lumina.planner.traffic import Load
+from lumina.planner.messages import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND
+from lumina.planner.search import axes_of, best_of_each, memory_of, search, time_of, variants
+from lumina.planner.traffic import Load, Place, gradient_messages, pass_messages
 from tests.unit.plans import planned
 
 
@@ -99,6 +101,21 @@ def test_ranks_share_the_work(axis):
     assert computed(4) == pytest.approx(computed(1), rel=0.02)
 
 
+def test_of_each_layout_the_fastest_variant_that_fits_is_found():
+    """Of all variants, reckoned one by one; some do not fit."""
+    work = planned(gpus=8, tokens=65536, memory=4.0)
+    found = {one.axes: one for one in best_of_each(search(work)[0])}
+    kept = set()
+    for axes, best in found.items():
+        fitting = [v for v in variants(work, axes) if work.holds(memory_of(work, v))]
+        assert bool(fitting) == best.fits
+        if fitting:
+            assert best.time.total == pytest.approx(min(time_of(work, v).total for v in fitting))
+            kept.add(best.parallel.recompute)
+    assert len(kept) > 1
+    assert {one.fits for one in found.values()} == {True, False}
+
+
 def test_messages_take_the_way_of_their_axis():
     """8 ranks on hosts of 4: neighbours within a host, data parallel across."""
     speeds = dataclasses.replace(Speeds.of(DEVICES["h100-80g"], "bf16", 4), link=100.0, network=10.0, latency=0.0)
@@ -123,6 +140,58 @@ def test_messages_take_the_way_of_their_axis():
     late = dataclasses.replace(speeds, latency=1.0, link=1e30, network=1e30)
     assert Network(slow, 8, late).seconds("ring", SEND, 100) == pytest.approx(1.0)
     assert Network(spread, 8, late).seconds("ulysses", ALL_TO_ALL, 100) == pytest.approx(3.0)
+    # gloo's go from rank to rank, and what it reduces goes round twice.
+    shared = dataclasses.replace(late, cores=2)
+    expected = {SEND: 1.0, ALL_GATHER: 7.0, ALL_TO_ALL: 7.0, ALL_REDUCE: 14.0, REDUCE_SCATTER: 14.0}
+    assert {name: round(Network(spread, 8, shared).seconds("ulysses", name, 100)) for name in expected} == expected
+
+
+def test_messages_of_gradients_beyond_what_deepspeed_holds_at_once():
+    """3 × 10⁹ elements in bf16: two of three are gathered again to go back, whatever is computed again."""
+    elements, of_block = 3 * 10**9, 250_000_000
+
+    def sent(**settings):
+        parallel = planned().config.parallel.model_copy(update=settings)
+        messages = gradient_messages(parallel, "bf16", elements, of_block, passes=2, shards=4)
+        return {(m.operation, m.bytes): count for m, count in messages.items()}
+
+    bucket = 4 * 100_000_000
+    assert sent(zero_stage=1) == {(ALL_REDUCE, bucket): 30, (ALL_GATHER, 2 * elements): 1}
+    assert sent(zero_stage=2) == {(ALL_REDUCE, bucket): 60, (ALL_GATHER, 2 * elements): 1}
+    again = {(ALL_GATHER, 2 * of_block): 2 * 20, (REDUCE_SCATTER, bucket): 60}
+    assert sent(zero_stage=3) == sent(zero_stage=3, recompute="full") == again
+    assert not gradient_messages(planned().config.parallel, "bf16", elements, of_block, passes=2, shards=1)
+
+
+def test_messages_between_processes_of_this_machine():
+    found = gloo_speed(2)
+    assert 1e-6 < found.hop < 10
+    assert 1e5 < found.bandwidth < 1e12
+
+
+def test_plans_of_shared_cores_use_measured_messages(monkeypatch):
+    """Four ranks on two cores: a rank alone would have its messages through in half the time."""
+    monkeypatch.setattr(rates, "gloo_speed", lambda ranks: GlooSpeed(hop=0.01 * ranks, bandwidth=1e9))
+    monkeypatch.setattr(rates.os, "cpu_count", lambda: 2)
+    rates.here.cache_clear()
+    _, speeds = rates.here("fp32", 4)
+    rates.here.cache_clear()
+    assert (speeds.latency, speeds.link, speeds.cores) == pytest.approx((0.02, 2e9, 2))
+
+
+def test_nothing_hides_behind_a_ring_on_shared_cores():
+    work = planned("parallel.ring=4", gpus=4)
+    parallel = work.config.parallel
+    speeds = dataclasses.replace(work.speeds, attention_forward=1.0, attention_backward=1.0)
+    place = Place(range(work.sizes.n_layers))
+    alone, shared = (
+        pass_time(work.sizes, parallel, "bf16", work.load, place, 4, dataclasses.replace(speeds, cores=cores))
+        for cores in (None, 2)
+    )
+    assert alone.ring == 0
+    messages = pass_messages(work.sizes, parallel, "bf16", work.load, place)
+    sent = sum(m.bytes * count for m, count in messages.items() if m.operation == SEND)
+    assert shared.ring > sent / speeds.link > 0
 
 
 def test_a_step_of_a_pipeline():
