@@ -18,7 +18,7 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.parallel.cuts import ON_FIRST_STAGE, cut, kind_of, stage_costs
 from lumina.planner.activations import activations
-from lumina.planner.traffic import ALL_REDUCED, FP32, GATHERED, WIDTH, Load, Place, fullest_place
+from lumina.planner.traffic import ALL_REDUCED, FETCHED, FP32, GATHERED, WIDTH, Load, Place, fullest_place
 
 _ALIGNMENT = 2  # elements, of a flat partition of ZeRO 1 and 2
 
@@ -196,7 +196,7 @@ def _of_stage(
     ema = FP32 * min(share, total)  # without the padding, all of which is the last rank's
     under_way = activations_under_way(config, sizes, world, load, fullest_place(parallel, stage.blocks, number))
     again = _passes(config, world) > 1
-    moments_of_step = _moments(config, total, share, under_way.bytes, again=again, on_cpu=on_cpu)
+    moments_of_step = _moments(config, stage, share, under_way.bytes, again=again, on_cpu=on_cpu)
     fullest = max(moments_of_step, key=lambda moment: moment.bytes)
     on_host = under_way.on_host if fullest.activations else 0
     gradients = fullest.gradients
@@ -235,15 +235,18 @@ class _Moment:
         return self.gradients + self.buffers + self.activations
 
 
-def _moments(config: Config, total: int, share: int, activations: int, *, again: bool, on_cpu: bool) -> list[_Moment]:
+def _moments(
+    config: Config, stage: StageParameters, share: int, activations: int, *, again: bool, on_cpu: bool
+) -> list[_Moment]:
     """The last backward pass as it starts, the reduction of gradients at its end, and the update.
 
     As DeepSpeed 0.19 does it, counted tensor by tensor in real runs (tests/unit/test_plan_engine.py).
 
     Args:
-        total, share: trained elements of this rank, and what of them ZeRO leaves it to update.
+        share: trained elements that ZeRO leaves this rank to update.
         again: whether gradients of passes before are there already.
     """
+    total = stage.elements
     zero, width, bucket = config.parallel.zero_stage, WIDTH[config.precision], min(REDUCE_BUCKET, total)
     whole, part, before = FP32 * total, FP32 * share, int(again)
     on_host, mixed = config.parallel.offload_optimizer, width != FP32
@@ -273,12 +276,13 @@ def _moments(config: Config, total: int, share: int, activations: int, *, again:
         return [started, _Moment(sums + width * bucket, flat, 0), _Moment(0, update, 0)]
     sums = 0 if on_host else part
     gathered = width * min(GATHERED, total)
+    fetched = width * min(total, max(FETCHED, stage.of_block))  # as it arrives, before it is taken apart
     buffer = FP32 * bucket
     # One bucket holds all: then no weight is gathered any more. gloo takes a copy of all that it reduces and scatters.
     left = 0 if bucket == total else gathered
     reduced = FP32 * (bucket + (bucket if on_cpu else min(bucket, share)))
     return [
-        _Moment(sums, buffer + gathered, activations),
+        _Moment(sums, buffer + gathered + fetched, activations),
         _Moment(sums, buffer + left + reduced, 0),
         _Moment(sums, buffer + update, 0),
     ]

@@ -28,7 +28,7 @@ FP32 = 4
 WIDTH = {"fp32": FP32, "bf16": 2}  # bytes of a value
 GATHERED = 10**9  # elements that ZeRO 3 keeps gathered: DeepSpeed's stage3_max_live_parameters
 ALL_REDUCED = 500_000_000  # elements that it flattens at once without ZeRO
-_FETCHED = 50_000_000  # elements that ZeRO 3 gathers at once, if blocks are smaller: stage3_prefetch_bucket_size
+FETCHED = 50_000_000  # elements that ZeRO 3 gathers at once, if blocks are smaller: stage3_prefetch_bucket_size
 SHAPES_BYTES = 256 * 4  # deepspeed.runtime.pipe.engine.TENSOR_META_SIZE integers
 
 
@@ -252,7 +252,7 @@ def gradient_messages(
     if zero == 3:
         # What is gathered for the forward pass and still there, the backward pass does not gather again.
         gathered = elements + max(0, elements - GATHERED)
-        of_pass = _in_calls(ALL_GATHER, gathered, max(_FETCHED, of_block), width)
+        of_pass = _in_calls(ALL_GATHER, gathered, max(FETCHED, of_block), width)
         of_pass += _in_calls(REDUCE_SCATTER, elements, REDUCE_BUCKET, FP32)
         return Counter({message: count * passes for message, count in of_pass.items()})
     summed = _in_calls(ALL_REDUCE, elements, REDUCE_BUCKET, FP32)

@@ -99,7 +99,7 @@ def test_a_step_holds_and_sends_what_was_planned():
         planned = plan.on_device + plan.on_host  # here both are the same memory
         measured = max(peak for peak, _ in told)
         print(f"{layout} {dtype}: {planned / measured:.3f} of {measured / 2**20:.1f} MiB")
-        assert planned == pytest.approx(measured, rel=0.09), layout
+        assert planned == pytest.approx(measured, rel=0.06), layout
 
         parallel = config.parallel
         (stage,) = stage_parameters(sizes, parallel.tensor, 1)
