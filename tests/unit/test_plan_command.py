@@ -135,6 +135,7 @@ def test_nothing_is_reserved_for_cuda_on_a_cpu(a_cpu, capsys):
     for wrong, sentence in (
         (["--host-memory", "64"], "a CPU's memory is its host's"),
         (["parallel.offload_optimizer=true"], "parallel.offload_optimizer=true would move to a CPU what is on it"),
+        (["parallel.offload_activations=true"], "parallel.offload_activations=true would move to a CPU"),
     ):
         assert main(["plan", *words, *wrong]) == 2
         assert sentence in capsys.readouterr().err

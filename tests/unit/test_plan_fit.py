@@ -1,8 +1,10 @@
 """`lumina plan --fit`: the longest sample, the largest model and the fewest devices, against trying them all."""
 
 import dataclasses
+import re
 
 import pytest
+import yaml
 
 from lumina.benchmark.plan_work import work_of
 from lumina.cli import main
@@ -95,8 +97,12 @@ def test_blocks_and_key_value_heads_are_held(capsys):
     assert main(["plan", *words, "model.n_layers=3", "model.n_kv_heads=2"]) == 0
     said = capsys.readouterr().out
     assert "models of 3 blocks, heads of 128 and 2 of keys and values" in said
-    assert "3 blocks of width" in said
-    assert {"      n_layers: 3", "      n_kv_heads: 2"} <= set(said.splitlines())
+    width = int(re.search(r"3 blocks of width ([\d,]+)", said)[1].replace(",", ""))
+    model = yaml.safe_load(said[said.index("    model:") :])["model"]
+    assert width > 2 * 128
+    assert FlagDiTConfig.from_dict(model) == FlagDiTConfig(
+        dim=width, n_layers=3, n_heads=width // 128, n_kv_heads=2, cap_feat_dim=4096
+    )
 
 
 @pytest.mark.parametrize(
