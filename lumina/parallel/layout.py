@@ -85,9 +85,10 @@ def _check_tensor(parallel: ParallelConfig, model: FlagDiTConfig, world_size: in
 def _check_zero(parallel: ParallelConfig, precision: str) -> None:
     stage = parallel.zero_stage
     if parallel.pipeline > 1 and stage > 1:
+        fitting = "1" if precision == "bf16" else "0 or 1"
         raise ValueError(
             f"parallel.zero_stage={stage} does not go with parallel.pipeline={parallel.pipeline}: gradients, and "
-            "weights, would be cut up and put together again for every micro-batch; set parallel.zero_stage to 0 or 1"
+            f"weights, would be cut up and put together again for every micro-batch; set parallel.zero_stage to {fitting}"
         )
     if precision == "bf16" and stage == 0:
         raise ValueError(

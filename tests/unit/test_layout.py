@@ -53,6 +53,10 @@ def check(world=1, precision="fp32", packs=24, at_once=1, **parallel):
             {"pipeline": 2, "zero_stage": 2, "world": 2},
             r"parallel.zero_stage=2 does not go with parallel.pipeline=2: .* set parallel.zero_stage to 0 or 1",
         ),
+        (
+            {"pipeline": 2, "zero_stage": 2, "world": 2, "precision": "bf16"},
+            r"parallel.zero_stage=2 does not go with parallel.pipeline=2: .* set parallel.zero_stage to 1$",
+        ),
         ({"pipeline": 2, "zero_stage": 3, "world": 2}, r"parallel.zero_stage=3 does not go with parallel.pipeline=2"),
         ({"zero_stage": 0, "precision": "bf16"}, r"precision=bf16 needs parallel.zero_stage 1, 2 or 3"),
         ({"zero_stage": 0, "offload_optimizer": True}, r"parallel.offload_optimizer=true needs parallel.zero_stage 1"),
