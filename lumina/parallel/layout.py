@@ -88,7 +88,8 @@ def _check_zero(parallel: ParallelConfig, precision: str) -> None:
         fitting = "1" if precision == "bf16" else "0 or 1"
         raise ValueError(
             f"parallel.zero_stage={stage} does not go with parallel.pipeline={parallel.pipeline}: gradients, and "
-            f"weights, would be cut up and put together again for every micro-batch; set parallel.zero_stage to {fitting}"
+            "weights, would be cut up and put together again for every micro-batch; "
+            f"set parallel.zero_stage to {fitting}"
         )
     if precision == "bf16" and stage == 0:
         raise ValueError(
