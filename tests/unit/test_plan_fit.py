@@ -25,6 +25,7 @@ from tests.unit.plans import SMALL, asked, planned
 RINGS = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.ulysses=1")  # with data parallel: few layouts
 
 
+@pytest.mark.slow
 def test_the_longest_sample_fits_and_a_longer_does_not():
     work = planned(fit="tokens", tokens=None, packs=None, memory=4.0, gpus=4)
     tokens, (parallel, memory) = longest_sample(work)
@@ -43,6 +44,7 @@ def test_samples_too_short_for_the_ranks_hide_no_longer_one():
     assert longest_sample(work)[0] > 2048
 
 
+@pytest.mark.slow
 def test_no_fewer_devices_fit():
     """Among all counts: 88 devices are 11 hosts, and half as many of a power of two do not do."""
     for tokens, expected in ((5 * 2**19, 88), (2**22, 136), (2**17, 5)):
@@ -71,6 +73,7 @@ def of_models(*overrides, **options):
     return work_of(asked(*overrides, **given | options))[0]
 
 
+@pytest.mark.slow
 def test_the_largest_model_is_the_largest_of_all():
     """With 12, 14 and 16 heads there are layouts that fit, with 13 and 15 none that do."""
     work = of_models(memory=4.58)
@@ -88,6 +91,7 @@ def test_layouts_of_some_models_only():
     assert largest_model(work)[0].n_heads == 9
 
 
+@pytest.mark.slow
 def test_blocks_and_key_value_heads_are_held(capsys):
     work = of_models("model.n_kv_heads=4", memory=4.0)
     sizes, _ = largest_model(work)
