@@ -134,7 +134,7 @@ def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
         "while ') Z' not in stat.read_text(): time.sleep(0.01)\n"
         "time.sleep(30); say('lumina train: a rank is gone'); last()"
     )
-    run = Supervised(tmp_path, body, settle=PATIENCE, grace=PATIENCE)
+    run = Supervised(tmp_path, body, settle=60.0, grace=PATIENCE)
     (first, _), (second, _) = run.here(0, 0), run.here(0, 1)
     os.kill(second, signal.SIGKILL)
     code, said = run.end()
