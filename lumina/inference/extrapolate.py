@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lumina.config.schema import TrainedConfig
-from lumina.data.buckets import buckets
 from lumina.model.rope import Extrapolation
 from lumina.model.tokens import token_count
 
 SCHEMES = ("none", "interpolate", "ntk", "time-aware")
 DEFAULT_SWITCH = 0.3
+LARGEST_ASPECT = 4  # of the shapes that pictures are brought to at one resolution, either way round
 
 
 def reached(t: float, bound: float) -> bool:
@@ -168,8 +168,12 @@ def longest_trained(trained: TrainedConfig | None, multiple: int, nextline: bool
     """
     if trained is None or trained.resolution < multiple:
         return None
+    patches = (trained.resolution // multiple) ** 2
+    # The most columns that a number of rows leaves room for; tall pictures are longest, by their nextlines.
+    sizes = ((rows, min(patches // rows, LARGEST_ASPECT * rows)) for rows in range(1, patches + 1))
     longest = max(
         token_count(trained.frames, rows, columns, 1, nextline)
-        for rows, columns in buckets(trained.resolution // multiple)
+        for rows, columns in sizes
+        if rows <= LARGEST_ASPECT * columns
     )
     return longest if longest >= 2 else None
