@@ -16,6 +16,7 @@ from lumina.cli_data import add_data
 from lumina.cli_doctor import add_doctor
 from lumina.cli_launch import add_launch
 from lumina.cli_plan import add_plan
+from lumina.cli_sampling import add_sampling
 from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
 from lumina.config.exits import DONE as EXIT_DONE
 from lumina.config.exits import FAILED as EXIT_FAILED
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (default 4; 1 is none)")
     sample.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
     sample.add_argument("--solver", default="euler", help="euler (default), midpoint, heun, rk4, dopri5, dopri8, …")
-    sample.add_argument("--time-shift", type=float, default=1.0, metavar="M", help="shift of the time grid (default 1)")
+    add_sampling(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next (default 0)")
     sample.add_argument("--batch-size", type=int, default=16, help="samples drawn at once (default 16)")
     sample.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged (default) or last weights")

@@ -169,7 +169,7 @@ def _bytes(source: AdaptedSource, names: int, dtype: torch.dtype) -> int:
 def _to_inference(request: Request, source: AdaptedSource, config: Config | None) -> _Plan:
     kind = _kind_of(request, source) or (EMA if EMA in source.weights else WEIGHTS)
     dtype = _dtype_of(request, source, [kind])
-    settings = settings_of(config) if config is not None else source.settings
+    settings = settings_of(config, source.step) if config is not None else source.settings
     if settings is None:
         raise ValueError(
             f"{source.path} does not say which flow, text encoder and autoencoder its model was trained with; give "
@@ -217,7 +217,7 @@ def _to_upstream(request: Request, source: AdaptedSource, config: Config | None)
             "this model was not trained with: its outputs there are not this model's"
         )
     if config is not None:
-        source.settings = settings_of(config)
+        source.settings = settings_of(config, source.step)
     of_weights = {weights: kind for weights, kind in KINDS.items() if kind in kinds}
 
     def write(folder: Path, count: Callable[[int], object]) -> Files:

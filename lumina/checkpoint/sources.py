@@ -4,6 +4,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint
 from lumina.checkpoint.manifest import EMA, FOLDER, MANIFEST, WEIGHTS, FileEntry, sha256_of
 from lumina.checkpoint.tensor_reader import FLOATS, PickleFiles, PickleReader, SafetensorsReader, Stored, TensorReader
-from lumina.config.schema import Config, FlowConfig, TextConfig, VaeConfig
+from lumina.config.schema import Config, FlowConfig, TextConfig, TrainedConfig, VaeConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.pretrained import check_hash, read_config, recorded_hashes, safetensors_files
 from lumina.model.public import STEMS, parallel_warning, public_files, read_arguments, sizes_of, split_dim
@@ -34,7 +35,7 @@ class Source(ABC):
     config: Config | None = None
     """Of the run that trained it."""
     settings: dict[str, Any] | None = None
-    """The flow, vae and text sections that a pipeline needs."""
+    """The flow, vae, text and trained sections that a pipeline needs."""
     step: int = 0
     optimizer_steps: int = 0
 
@@ -69,10 +70,20 @@ class Source(ABC):
         return found
 
 
-def settings_of(config: Config) -> dict[str, Any]:
-    """What a pipeline needs beside the model."""
+def settings_of(config: Config, step: int) -> dict[str, Any]:
+    """What a pipeline needs beside the model, of a run that has come to `step`."""
     settings = {"flow": config.flow.model_dump(), "vae": config.vae.model_dump()}
-    return settings | ({"text": config.text.model_dump()} if config.text else {})
+    if config.text:
+        settings["text"] = config.text.model_dump()
+    if trained := config.data.trained_by(step):
+        settings["trained"] = trained.model_dump()
+    return settings
+
+
+def public_trained(arguments: Mapping[str, Any]) -> TrainedConfig | None:
+    """What the public trainer's arguments say of the size of its pictures."""
+    size = arguments.get("image_size")
+    return TrainedConfig(resolution=size) if type(size) is int and size > 0 else None
 
 
 def open_source(path: Path, config: FlagDiTConfig | None = None) -> Source:
@@ -125,7 +136,7 @@ class CheckpointSource(Source):
         self.model = checkpoint.model
         if "config.yaml" in manifest.files:
             self.config = checkpoint.config
-            self.settings = settings_of(self.config)
+            self.settings = settings_of(self.config, manifest.step)
         self.step, self.optimizer_steps = manifest.step, manifest.optimizer_steps
         self.data, self.software = manifest.data, manifest.software
         self.training = _facts_of_run(self.path.parent.parent / "metrics.jsonl", self.step)
@@ -204,6 +215,8 @@ class PublicSource(Source):
         if isinstance(told, float) and told != self.model.norm_eps:
             raise ValueError(f"model.norm_eps={self.model.norm_eps}, but {path} was trained with {told}")
         self.settings = {"flow": FlowConfig().model_dump(), "vae": PUBLIC_VAE.model_dump()}
+        if trained := public_trained(arguments):
+            self.settings["trained"] = trained.model_dump()
         named = path.name if path.name.isdigit() else None  # as results/checkpoints/0030000
         self.step = _count(arguments.get("step", named))
         if (parts := max(len(readers) for readers in self._readers.values())) > 1:
@@ -247,7 +260,10 @@ def _settings_in(tree: dict[str, Any]) -> dict[str, Any]:
         "flow": FlowConfig.model_validate(tree.get("flow", {})).model_dump(),
         "vae": VaeConfig.model_validate(tree.get("vae", {})).model_dump(),
     }
-    return settings | ({"text": TextConfig.model_validate(tree["text"]).model_dump()} if "text" in tree else {})
+    for name, section in (("text", TextConfig), ("trained", TrainedConfig)):
+        if name in tree:
+            settings[name] = section.model_validate(tree[name]).model_dump()
+    return settings
 
 
 def _count(value: Any) -> int:

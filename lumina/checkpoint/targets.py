@@ -165,6 +165,7 @@ def _arguments(source: Source, dtype: torch.dtype) -> dict[str, Any]:
         "precision": FLOATS[dtype],
         "vae": settings.get("vae", {}).get("model"),
         "text_encoder": settings.get("text", {}).get("encoder"),
+        "image_size": settings.get("trained", {}).get("resolution"),
         "path_type": settings.get("flow", {}).get("path"),
         "prediction": settings.get("flow", {}).get("prediction"),
         "step": source.step,

@@ -74,6 +74,13 @@ class StageConfig(Section):
     resolution: int | None = Field(ge=1, description="as data.resolution")
 
 
+class TrainedConfig(Section):
+    """What a model was trained on, as far as its sampler needs it."""
+
+    resolution: int = Field(ge=1, description="pictures have about this many pixels squared")
+    frames: int = Field(1, ge=1, description="samples have at most so many frames")
+
+
 class DataConfig(Section):
     """What is trained on."""
 
@@ -108,6 +115,12 @@ class DataConfig(Section):
         if self.stages and self.resolution is not None:
             raise ValueError("data.stages says the resolution of each step; leave data.resolution out")
         return self
+
+    def trained_by(self, step: int) -> TrainedConfig | None:
+        """What a run is trained on at a step; None where pictures keep their own size, which only the data tell."""
+        begun = [stage for stage in self.stages if stage.from_step <= step]
+        resolution = begun[-1].resolution if begun else self.resolution
+        return None if resolution is None else TrainedConfig(resolution=resolution, frames=self.frames)
 
 
 class TrainConfig(Section):

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ def draw(arguments: argparse.Namespace) -> None:
         text=arguments.text_encoder,
         vae=arguments.vae,
     )
+    extrapolation = pipeline.extrapolation_for(
+        arguments.height, arguments.width, arguments.frames, **_lengths(arguments)
+    )
     settings = {
         "model": arguments.model,
         "weights": arguments.weights,
@@ -62,7 +65,9 @@ def draw(arguments: argparse.Namespace) -> None:
         "guidance": arguments.guidance,
         "negative_prompt": arguments.negative_prompt,
         "solver": arguments.solver,
-        "time_shift": arguments.time_shift,
+        "guided_channels": arguments.guided_channels,
+        "guidance_interval": list(arguments.guidance_interval),
+        **asdict(extrapolation),
     }
     with _whole_folder(out) as folder:
         _draw_into(folder, pipeline, jobs, settings, arguments)
@@ -89,7 +94,9 @@ def _draw_into(
                 [torch.Generator().manual_seed(job.seed) for job in batch],
                 negative_prompt=arguments.negative_prompt,
                 solver=arguments.solver,
-                time_shift=arguments.time_shift,
+                guided_channels=arguments.guided_channels,
+                guidance_interval=tuple(arguments.guidance_interval),
+                **_lengths(arguments),
             )
             for job, frames in zip(batch, output.frames, strict=True):
                 path = save_sample(frames, folder / f"{len(records):06d}")
@@ -125,6 +132,12 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         raise OSError(f"the samples could not be written to {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lengths(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of lengths, as the pipeline takes it; None where nothing was."""
+    names = ("rope", "rope_factor", "rope_switch", "proportional_attention", "trained_length", "time_shift")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _jobs(arguments: argparse.Namespace) -> list[Job]:

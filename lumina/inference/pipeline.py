@@ -1,6 +1,5 @@
 """From prompts to pictures, in the manner of diffusers' pipelines."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,22 @@ from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
-from lumina.checkpoint.sources import PUBLIC_VAE
-from lumina.config.schema import FlowConfig, TextConfig, VaeConfig
+from lumina.checkpoint.sources import PUBLIC_VAE, public_trained
+from lumina.config.schema import FlowConfig, TextConfig, TrainedConfig, VaeConfig
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
 from lumina.flow.solver import SDE_SOLVERS, sample
+from lumina.inference.extrapolate import ExtrapolationSettings, longest_trained, settings_for
+from lumina.inference.guidance import DEFAULT_GUIDANCE, Guidance, network
 from lumina.inference.images import to_images
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
+from lumina.model.public import read_arguments
+from lumina.model.tokens import token_count
 
 DEFAULT_SIDE = 256
 DEFAULT_STEPS = 50
-DEFAULT_GUIDANCE = 4.0
 
 Progress = Callable[[int, int, Tensor], object]
 
@@ -52,7 +54,10 @@ class LuminaPipeline:
         objective: Objective,
         settings: dict[str, Any] | None = None,
     ):
-        """`settings`: the flow, text and vae sections that describe the other arguments, for `save_pretrained`."""
+        """`settings`: the flow, text and vae sections that describe the other arguments, for `save_pretrained`.
+
+        Its section `trained`, where there is one, gives `trained_length`.
+        """
         if (text_encoder is None) == model.config.text_conditional:
             needs = "a text encoder" if model.config.text_conditional else "no text encoder"
             raise ValueError(f"this model is conditioned so that it needs {needs}")
@@ -63,6 +68,11 @@ class LuminaPipeline:
             )
         self.model, self.vae, self.text_encoder, self.objective = model.eval(), vae, text_encoder, objective
         self._settings = settings
+        self._multiple = vae.factor * model.config.patch_size
+        told = (settings or {}).get("trained")
+        trained = None if told is None else TrainedConfig.model_validate(told)
+        self.trained_length = longest_trained(trained, self._multiple, model.config.text_conditional)
+        """Tokens of the longest samples trained on; None where that is not known."""
 
     @classmethod
     def from_pretrained(
@@ -94,7 +104,7 @@ class LuminaPipeline:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if weights not in ("ema", "model"):
             raise ValueError(f"weights is {weights!r}; it is `ema` or `model`")
-        model, flow, own_text, own_vae = _open(directory, weights)
+        model, flow, own_text, own_vae, trained = _open(directory, weights)
         if isinstance(text, str):
             text = (own_text or TextConfig()).model_copy(update={"encoder": text})
         if isinstance(vae, str):
@@ -105,6 +115,8 @@ class LuminaPipeline:
             if text is None:
                 raise ValueError(f"{directory} does not say which text encoder it was trained with; name one")
             settings["text"] = text.model_dump()
+        if trained is not None:
+            settings["trained"] = trained.model_dump()
         model = model.to(device, dtype)
         return cls(
             model,
@@ -115,7 +127,7 @@ class LuminaPipeline:
         )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write an inference folder: `config.json` (model, flow, text, vae) and `model*.safetensors`."""
+        """Write an inference folder: `config.json` (model, flow, text, vae, trained) and `model*.safetensors`."""
         if self._settings is None:
             raise ValueError("this pipeline was built from parts that do not say how to build them again")
         save_pretrained(self.model, Path(directory), extra=self._settings)
@@ -134,7 +146,14 @@ class LuminaPipeline:
         negative_prompt: str = "",
         num_images_per_prompt: int = 1,
         solver: str = "euler",
-        time_shift: float = 1.0,
+        time_shift: float | None = None,
+        guided_channels: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        rope: str | None = None,
+        rope_factor: float | None = None,
+        rope_switch: float | None = None,
+        proportional_attention: bool | None = None,
+        trained_length: int | None = None,
         callback: Progress | None = None,
         **solver_options: Any,
     ) -> LuminaOutput:
@@ -149,53 +168,102 @@ class LuminaPipeline:
             generator: torch's, on the CPU; with one for each sample a sample does not depend on its batch.
             negative_prompt: what guidance leads away from.
             num_images_per_prompt: samples of each prompt, next to each other in the result.
-            solver, time_shift, solver_options: see `lumina.flow.solver.sample`.
+            solver, solver_options: see `lumina.flow.solver.sample`.
+            guided_channels, guidance_interval: see `lumina.inference.guidance.Guidance`.
+            rope, rope_factor, rope_switch, proportional_attention, trained_length, time_shift: see `extrapolation_for`.
             callback: called as callback(step, steps, x) after every step.
 
         Raises:
-            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, or
-                options that the solver does not have.
+            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, options
+                that the solver does not have, or settings that do not apply.
         """
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt to draw; give at least one")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}; it must be a finite number")
+        guidance = Guidance(guidance_scale, guided_channels, guidance_interval)
+        guidance.check_channels(self.model.config.in_channels)
         if num_images_per_prompt < 1 or num_frames < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} and num_frames={num_frames} must be ≥ 1")
         if num_frames > 1 and not self.model.config.frames:
             raise ValueError(f"num_frames={num_frames}, but this model was built without frames; it draws one")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         height, width = (DEFAULT_SIDE if side is None else side for side in (height, width))
+        extrapolation = self.extrapolation_for(
+            height,
+            width,
+            num_frames,
+            rope=rope,
+            rope_factor=rope_factor,
+            rope_switch=rope_switch,
+            proportional_attention=proportional_attention,
+            trained_length=trained_length,
+            time_shift=time_shift,
+        )
         noise = self._noise(len(prompts), num_frames, height, width, generator)
-        conditions = self._conditions(prompts, negative_prompt, guidance_scale)
+        conditions = self._conditions(prompts, negative_prompt, guidance.used)
         if num_inference_steps is None and solver not in ("dopri5", "dopri8"):
             num_inference_steps = DEFAULT_STEPS
         if solver in SDE_SOLVERS and generator is not None:
             solver_options["generator"] = generator
         latents = sample(
-            self._network(conditions, guidance_scale),
+            network(self.model, conditions, guidance, extrapolation),
             noise,
             self.objective,
             solver=solver,
             steps=num_inference_steps,
-            time_shift=time_shift,
+            time_shift=extrapolation.time_shift,
             callback=callback,
             **solver_options,
         )
         pixels = self.vae.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
         return LuminaOutput([to_images(frames) for frames in pixels], latents)
 
-    def _noise(
-        self, count: int, frames: int, height: int, width: int, generator: torch.Generator | Sequence | None
-    ) -> Tensor:
-        multiple = self.vae.factor * self.model.config.patch_size
+    def extrapolation_for(
+        self,
+        height: int,
+        width: int,
+        num_frames: int = 1,
+        *,
+        rope: str | None = None,
+        rope_factor: float | None = None,
+        rope_switch: float | None = None,
+        proportional_attention: bool | None = None,
+        trained_length: int | None = None,
+        time_shift: float | None = None,
+    ) -> ExtrapolationSettings:
+        """The settings that samples of a size are drawn with.
+
+        What is None is chosen from the ratio of their length to the trained one (`lumina.inference.extrapolate`),
+        which the pipeline knows (`trained_length`) or is told here, in tokens; where neither, the ratio counts as 1.
+
+        Raises:
+            ValueError: for sizes that the patch size does not divide, and settings that do not apply.
+        """
+        _, _, rows, columns = self._latent_shape(num_frames, height, width)
+        config = self.model.config
+        return settings_for(
+            token_count(num_frames, rows, columns, config.patch_size, config.text_conditional),
+            self.trained_length if trained_length is None else trained_length,
+            rope=rope,
+            rope_factor=rope_factor,
+            rope_switch=rope_switch,
+            proportional_attention=proportional_attention,
+            time_shift=time_shift,
+        )
+
+    def _latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        multiple = self._multiple
         if height < 1 or width < 1 or height % multiple or width % multiple:
             raise ValueError(
                 f"height {height} and width {width} must be multiples of {multiple} pixels "
                 f"(autoencoder {self.vae.factor} × patch {self.model.config.patch_size})"
             )
-        shape = (frames, *self.vae.latent_shape(height, width))
+        return (frames, *self.vae.latent_shape(height, width))
+
+    def _noise(
+        self, count: int, frames: int, height: int, width: int, generator: torch.Generator | Sequence | None
+    ) -> Tensor:
+        shape = self._latent_shape(frames, height, width)
         if isinstance(generator, Sequence):
             if len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} samples; give one, or one for each")
@@ -204,15 +272,14 @@ class LuminaPipeline:
             noise = torch.randn((count, *shape), generator=generator)
         return noise.to(next(self.model.parameters()).device)
 
-    def _conditions(self, prompts: list, negative_prompt: str, guidance: float) -> dict[str, Tensor]:
+    def _conditions(self, prompts: list, negative_prompt: str, guided: bool) -> dict[str, Tensor]:
         """Of the samples, then, where guidance needs them, of the negative prompt or the class "none"."""
-        guided = guidance != 1.0
         if self.text_encoder is not None:
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise ValueError("this model is text-conditional: prompts are sentences")
             captions = prompts + [negative_prompt] * len(prompts) * guided
             features, mask = self.text_encoder(captions)
-            return {"cap_feats": features, "cap_mask": mask}
+            return {"cap_feats": features.to(next(self.model.parameters()).dtype), "cap_mask": mask}
         if negative_prompt:
             raise ValueError("a label-conditional model takes no negative_prompt")
         none = self.model.config.num_classes
@@ -231,24 +298,11 @@ class LuminaPipeline:
             )
         return label
 
-    def _network(self, conditions: dict[str, Tensor], guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        dtype = next(self.model.parameters()).dtype
 
-        def unguided(x: Tensor, t: Tensor) -> Tensor:
-            return self.model(x, t.float(), **conditions)
-
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            out = self.model.forward_with_cfg(
-                torch.cat((x, x)), torch.cat((t, t)).float(), cfg_scale=guidance, **conditions
-            )
-            return out[: len(x)]
-
-        if "cap_feats" in conditions:
-            conditions["cap_feats"] = conditions["cap_feats"].to(dtype)
-        return unguided if guidance == 1.0 else guided
+Opened = tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig, TrainedConfig | None]
 
 
-def _open(directory: Path, weights: str) -> tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig]:
+def _open(directory: Path, weights: str) -> Opened:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; give a run, a checkpoint or an inference folder")
     if (directory / MANIFEST).is_file():
@@ -260,18 +314,19 @@ def _open(directory: Path, weights: str) -> tuple[FlagDiT, FlowConfig, TextConfi
         raise ValueError(f"{directory} is a run without a complete checkpoint yet; train it further")
     model = load_pretrained(directory, None, weights)
     if not (directory / "config.json").is_file():  # public weights, trained with the SD autoencoder
-        return model, FlowConfig(), None, PUBLIC_VAE
+        return model, FlowConfig(), None, PUBLIC_VAE, public_trained(read_arguments(directory))
     config = read_config(directory)
     try:
         flow = FlowConfig.model_validate(config.get("flow", {}))
         own_text = TextConfig.model_validate(config["text"]) if "text" in config else None
-        return model, flow, own_text, VaeConfig.model_validate(config.get("vae", {}))
+        trained = TrainedConfig.model_validate(config["trained"]) if "trained" in config else None
+        return model, flow, own_text, VaeConfig.model_validate(config.get("vae", {})), trained
     except ValueError as error:
         raise ValueError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
 
 
-def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig]:
+def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> Opened:
     config = checkpoint.config
     kind = EMA if weights == "ema" else WEIGHTS
     model = build(model_config(config), checkpoint.state_dict(kind), str(checkpoint.directory))
-    return model, config.flow, config.text, config.vae
+    return model, config.flow, config.text, config.vae, config.data.trained_by(checkpoint.manifest.step)

@@ -112,6 +112,24 @@ REFUSED = {
         "--device cuda:9 cannot be used here",
     ),
     "guidance that is no number": ("sample MODEL --out DIR/new --prompt two --guidance nan", "finite number"),
+    "an unknown rope": ("sample MODEL --out DIR/new --prompt two --rope nkt", "nkt"),
+    "rope at an unknown length": (
+        "sample MODEL --out DIR/new --prompt two --rope ntk",
+        "rope ntk needs the length that the model was trained at",
+    ),
+    "a switch of no rope": ("sample MODEL --out DIR/new --prompt two --rope-switch 0.5", "rope_switch is 0.5 and rope"),
+    "proportional to nothing": (
+        "sample MODEL --out DIR/new --prompt two --proportional-attention",
+        "proportional attention needs the length",
+    ),
+    "an interval backwards": (
+        "sample MODEL --out DIR/new --prompt two --guidance-interval 0.9 0.1",
+        "guidance_interval is 0.9 to 0.1; it is two times",
+    ),
+    "too many channels": (
+        "sample MODEL --out DIR/new --prompt two --guided-channels 2",
+        "guided_channels is 2; the latents have 1 channels",
+    ),
     "a seed beyond torch's": ("sample MODEL --out DIR/new --prompt two --seed 99999999999999999999", "--seed is 999"),
     "a device without data": ("sample MODEL --out DIR/new --prompt two --device meta", "--device meta cannot be used"),
     "an infinite rate": ("train CONFIG train.learning_rate=.inf", "train.learning_rate: input should be a finite"),
@@ -181,6 +199,23 @@ DONE = {
         "7",
         "--batch-size",
         "1",
+    ],
+    "sample with settings": [
+        *(
+            "sample",
+            "RUN",
+            "--prompt",
+            "a two",
+            "--out",
+            "DIR/settings",
+            *SMALL,
+            "--rope",
+            "ntk",
+            "--trained-length",
+            "3",
+        ),
+        *("--no-proportional-attention", "--time-shift", "2.5", "--guided-channels", "1"),
+        *("--guidance-interval", "0", "0.5"),
     ],
     "version": ["--version"],
 }
@@ -280,6 +315,15 @@ def test_samples_and_their_list(results, folder):
     assert [record["seed"] for record in records] == [7, 8, 9, 10]
     assert records[0].keys() == {"file", "prompt", "seed", "settings"}
     assert records[0]["settings"]["height"] == 4
+    # The digits are trained on at their own size, which only the data tell: nothing is extrapolated.
+    off = {"rope": "none", "rope_factor": 1.0, "rope_switch": None, "proportional_attention": False}
+    unguided = {"guided_channels": None, "guidance_interval": [0.0, 1.0]}
+    expected = {"trained_length": None, "time_shift": 1.0} | off | unguided
+    assert expected.items() <= records[0]["settings"].items()
+    record = json.loads((folder / "settings" / "samples.json").read_text())[0]["settings"]
+    asked = {"rope": "ntk", "rope_factor": 2.0, "rope_switch": None, "proportional_attention": False}
+    asked |= {"trained_length": 3, "time_shift": 2.5, "guided_channels": 1, "guidance_interval": [0.0, 0.5]}
+    assert asked.items() <= record.items()
     assert sorted(path.name for path in out.iterdir()) == [*(r["file"] for r in records), "samples.json", "sheet.png"]
     assert Image.open(out / "000000.png").size == (4, 4)
     assert "4 samples" in results["sample"][1]
