@@ -58,6 +58,7 @@ def draw(arguments: argparse.Namespace) -> None:
         "height": arguments.height,
         "width": arguments.width,
         "frames": arguments.frames,
+        "channels": arguments.channels,
         "steps": arguments.steps,
         "guidance": arguments.guidance,
         "negative_prompt": arguments.negative_prompt,
@@ -88,6 +89,7 @@ def _draw_into(
                 arguments.guidance,
                 [torch.Generator().manual_seed(job.seed) for job in batch],
                 negative_prompt=arguments.negative_prompt,
+                channels=arguments.channels,
                 solver=arguments.solver,
                 time_shift=arguments.time_shift,
             )

@@ -133,6 +133,7 @@ class LuminaPipeline:
         *,
         negative_prompt: str = "",
         num_images_per_prompt: int = 1,
+        channels: int | None = None,
         solver: str = "euler",
         time_shift: float = 1.0,
         callback: Progress | None = None,
@@ -149,12 +150,14 @@ class LuminaPipeline:
             generator: torch's, on the CPU; with one for each sample a sample does not depend on its batch.
             negative_prompt: what guidance leads away from.
             num_images_per_prompt: samples of each prompt, next to each other in the result.
+            channels: of samples that were padded in training, their own; the model sees zeros in the others, and
+                pictures and `latents` are without them. The model's by default.
             solver, time_shift, solver_options: see `lumina.flow.solver.sample`.
             callback: called as callback(step, steps, x) after every step.
 
         Raises:
-            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, or
-                options that the solver does not have.
+            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, channels
+                that cannot be decoded, or options that the solver does not have.
         """
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
         if not prompts:
@@ -167,7 +170,8 @@ class LuminaPipeline:
             raise ValueError(f"num_frames={num_frames}, but this model was built without frames; it draws one")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         height, width = (DEFAULT_SIDE if side is None else side for side in (height, width))
-        noise = self._noise(len(prompts), num_frames, height, width, generator)
+        channels = self._channels(channels)
+        noise = self._noise(len(prompts), num_frames, channels, height, width, generator)
         conditions = self._conditions(prompts, negative_prompt, guidance_scale)
         if num_inference_steps is None and solver not in ("dopri5", "dopri8"):
             num_inference_steps = DEFAULT_STEPS
@@ -186,8 +190,27 @@ class LuminaPipeline:
         pixels = self.vae.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
         return LuminaOutput([to_images(frames) for frames in pixels], latents)
 
+    def _channels(self, channels: int | None) -> int:
+        whole = self.model.config.in_channels
+        if channels is None:
+            return whole
+        if not 1 <= channels <= whole:
+            raise ValueError(f"channels is {channels}; this model draws from 1 to {whole}")
+        if not self.vae.decodes(channels):
+            raise ValueError(
+                f"channels is {channels}, but the autoencoder decodes latents of {whole} only; leave it out, or decode "
+                "with vae `identity`"
+            )
+        return channels
+
     def _noise(
-        self, count: int, frames: int, height: int, width: int, generator: torch.Generator | Sequence | None
+        self,
+        count: int,
+        frames: int,
+        channels: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | Sequence | None,
     ) -> Tensor:
         multiple = self.vae.factor * self.model.config.patch_size
         if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -195,7 +218,7 @@ class LuminaPipeline:
                 f"height {height} and width {width} must be multiples of {multiple} pixels "
                 f"(autoencoder {self.vae.factor} × patch {self.model.config.patch_size})"
             )
-        shape = (frames, *self.vae.latent_shape(height, width))
+        shape = (frames, channels, *self.vae.latent_shape(height, width)[1:])
         if isinstance(generator, Sequence):
             if len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} samples; give one, or one for each")
@@ -232,16 +255,20 @@ class LuminaPipeline:
         return label
 
     def _network(self, conditions: dict[str, Tensor], guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        dtype = next(self.model.parameters()).dtype
+        """Of samples of as many channels as `x` has: what is padded the solver never sees, so nothing of it grows."""
+        dtype, whole = next(self.model.parameters()).dtype, self.model.config.in_channels
+
+        def padded(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, whole - x.shape[-3]))
 
         def unguided(x: Tensor, t: Tensor) -> Tensor:
-            return self.model(x, t.float(), **conditions)
+            return self.model(padded(x), t.float(), **conditions)[:, :, : x.shape[-3]]
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             out = self.model.forward_with_cfg(
-                torch.cat((x, x)), torch.cat((t, t)).float(), cfg_scale=guidance, **conditions
+                padded(torch.cat((x, x))), torch.cat((t, t)).float(), cfg_scale=guidance, **conditions
             )
-            return out[: len(x)]
+            return out[: len(x), :, : x.shape[-3]]
 
         if "cap_feats" in conditions:
             conditions["cap_feats"] = conditions["cap_feats"].to(dtype)
