@@ -194,8 +194,8 @@ class LuminaPipeline:
         whole = self.model.config.in_channels
         if channels is None:
             return whole
-        if not 1 <= channels <= whole:
-            raise ValueError(f"channels is {channels}; this model draws from 1 to {whole}")
+        if channels not in (1, 3, whole) or channels > whole:
+            raise ValueError(f"channels is {channels}; pictures have 1 or 3, and this model draws at most {whole}")
         if not self.vae.decodes(channels):
             raise ValueError(
                 f"channels is {channels}, but the autoencoder decodes latents of {whole} only; leave it out, or decode "
