@@ -33,8 +33,8 @@ def spectrogram(number):
 def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     write_digits(root / "digits")
-    write_moving_digits(root / "moving-digits", count=24, workers=0)
-    write_turntable(root / "turntable", count=24, workers=0)
+    write_moving_digits(root / "moving-digits", count=24, workers=1)
+    write_turntable(root / "turntable", count=24, workers=1)
     write_shards(root / "speech", map(spectrogram, range(24)), name="speech", samples_per_shard=24)
     return root
 
