@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--height", type=int, default=256, help="pixels (default 256)")
     sample.add_argument("--width", type=int, default=256, help="pixels (default 256)")
     sample.add_argument("--frames", type=int, default=1, help="frames of a video, views of an object (default 1)")
+    sample.add_argument("--channels", type=int, help="of samples that were padded in training, their own")
     sample.add_argument("--steps", type=int, help="of the solver (default 50); the adaptive solvers take none")
     sample.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (default 4; 1 is none)")
     sample.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")

@@ -104,6 +104,9 @@ class DataConfig(Section):
     cache_gb: float = Field(100.0, gt=0, description="upper bound of that folder, in 10⁹ bytes")
     index_dir: str | None = Field(None, description="folder for the indexes of remote shards without one beside them")
     pipe_programs: list[str] = Field(default_factory=list, description="programs that `pipe:` shards may run")
+    pad_channels: bool = Field(
+        False, description="latents with fewer channels than model.in_channels are filled up with zeros, not learned"
+    )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions (or labels) replaced by none")
     workers: int = Field(0, ge=0, description="processes that read and decode ahead; 0 reads in the trainer")
     bad_samples: float = Field(0.01, ge=0, le=1, description="share of unreadable samples at which the run stops")

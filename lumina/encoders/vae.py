@@ -47,6 +47,10 @@ class Vae(ABC):
         """One image at a time, and large ones in overlapping tiles: less memory, a little slower, and faint
         differences where tiles meet. The identity has nothing to save."""
 
+    def decodes(self, channels: int) -> bool:
+        """Whether latents of so many channels can be decoded."""
+        return channels == self.latent_channels
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of an image of `height` × `width` pixels.
 
@@ -103,7 +107,7 @@ class Vae(ABC):
         Raises:
             ValueError: for latents with another number of channels.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+        if latents.ndim != 4 or not self.decodes(latents.shape[1]):
             raise ValueError(
                 f"the autoencoder decodes latents (N, {self.latent_channels}, h, w), not {tuple(latents.shape)}"
             )
@@ -130,6 +134,8 @@ def build_vae(config: VaeConfig, in_channels: int, device: str | torch.device = 
 class IdentityVae(Vae):
     """Latents are the pixels, of any number of channels (spectrograms have one); the posterior has no width.
 
+    It encodes pixels of as many channels as the model has, and decodes latents of fewer as well.
+
     `scale` and `shift`, 1 and 0 unless given, are applied as for any autoencoder.
     """
 
@@ -143,6 +149,9 @@ class IdentityVae(Vae):
 
     def describe(self) -> str:
         return f"identity (latents are the {self.pixel_channels}-channel pixels), scale {self._scale:g}"
+
+    def decodes(self, channels: int) -> bool:
+        return 1 <= channels <= self.latent_channels
 
     def enable_memory_saving(self) -> None:
         return

@@ -126,6 +126,7 @@ def per_sample_mean(
     valid_t: Bool[Tensor, "t"],
     lengths: Int64[Tensor, "n"],
     count_n: Int64[Tensor, "n"] | None = None,
+    width_n: Int64[Tensor, "n"] | None = None,
 ) -> Float[Tensor, "n"]:
     """The mean of each packed sample over its valid tokens; 0 for a sample that has none.
 
@@ -136,13 +137,21 @@ def per_sample_mean(
     `count_n` is how many valid tokens a sample has where some are elsewhere; the result is then this sequence's share
     of the mean, and the shares of all sequences that hold a part of the sample sum to it.
 
+    `width_n` is how many of the D values of its tokens a sample has, the first ones, where the rest is padding: the
+    mean is over those alone, and the rest has no gradient.
+
     Raises:
         ValueError: where lengths do not sum to T (looked at on the CPU only, so that CUDA is not waited for).
     """
     if lengths.device.type == "cpu" and int(lengths.sum()) != error_td.shape[0]:
         raise ValueError(f"lengths sum to {int(lengths.sum())}, not to the {error_td.shape[0]} tokens of the sequence")
     # segment_reduce rather than index_add: no float atomics, whose order of summation changes from run to run.
-    kept_t = error_td.where(valid_t[:, None], 0.0).mean(dim=1)
+    if width_n is None:
+        kept_t = error_td.where(valid_t[:, None], 0.0).mean(dim=1)
+    else:
+        width_t = width_n.repeat_interleave(lengths, output_size=len(error_td))
+        real_td = torch.arange(error_td.shape[1], device=error_td.device) < width_t[:, None]
+        kept_t = error_td.where(real_td & valid_t[:, None], 0.0).sum(dim=1) / width_t
     total_n = torch.segment_reduce(kept_t, "sum", lengths=lengths, axis=0, unsafe=True)
     if count_n is None:
         valid = valid_t.to(error_td.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lumina.inference.extrapolate import ExtrapolationSettings, reached
-from lumina.model.flag_dit import FlagDiT
+from lumina.model.flag_dit import FlagDiT, guide
 
 DEFAULT_GUIDANCE = 4.0
 
@@ -74,29 +74,25 @@ def network(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`model` as `lumina.flow.solver.sample` calls it: (x (N, ...), one time N times) to what it predicts.
 
+    x may have fewer channels than the model, which then sees zeros in the others.
+
     Args:
         conditions: the model's arguments `cap_feats` and `cap_mask`, or `labels`: of the N samples and, where
             guidance is used, of N more that it leads away from.
     """
     timed = settings.timed or (guidance.used and not guidance.always)
+    whole = model.config.in_channels
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         time = t[0].item() if timed else 0.0  # on a GPU a wait, which is kept out of runs that do not need it
         extrapolation = settings.at(time)
+        count, channels = len(x), x.shape[-3]
+        # What is padded the solver never sees, so that nothing grows there.
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, whole - channels))
         if not guidance.applies(time):
-            own = {name: condition[: len(x)] for name, condition in conditions.items()}
-            return model(x, t.float(), extrapolation=extrapolation, **own)
-        doubled = model.forward_with_cfg(
-            torch.cat((x, x)),
-            torch.cat((t, t)).float(),
-            cfg_scale=guidance.scale,
-            rope_scaling_factor=extrapolation.rope_scaling_factor,
-            ntk_factor=extrapolation.ntk_factor,
-            base_seqlen=extrapolation.base_seqlen,
-            proportional_attn=extrapolation.base_seqlen is not None,
-            guided_channels=guidance.channels,
-            **conditions,
-        )
-        return doubled[: len(x)]
+            own = {name: condition[:count] for name, condition in conditions.items()}
+            return model(x, t.float(), extrapolation=extrapolation, **own)[..., :channels, :, :]
+        doubled = model(torch.cat((x, x)), torch.cat((t, t)).float(), extrapolation=extrapolation, **conditions)
+        return guide(doubled, guidance.scale, guidance.channels)[:count, ..., :channels, :, :]
 
     return call

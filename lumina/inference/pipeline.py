@@ -145,6 +145,7 @@ class LuminaPipeline:
         *,
         negative_prompt: str = "",
         num_images_per_prompt: int = 1,
+        channels: int | None = None,
         solver: str = "euler",
         time_shift: float | None = None,
         guided_channels: int | None = None,
@@ -168,26 +169,29 @@ class LuminaPipeline:
             generator: torch's, on the CPU; with one for each sample a sample does not depend on its batch.
             negative_prompt: what guidance leads away from.
             num_images_per_prompt: samples of each prompt, next to each other in the result.
+            channels: of samples that were padded in training, their own; the model sees zeros in the others, and
+                pictures and `latents` are without them. The model's by default.
             solver, solver_options: see `lumina.flow.solver.sample`.
             guided_channels, guidance_interval: see `lumina.inference.guidance.Guidance`.
             rope, rope_factor, rope_switch, proportional_attention, trained_length, time_shift: see `extrapolation_for`.
             callback: called as callback(step, steps, x) after every step.
 
         Raises:
-            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, options
-                that the solver does not have, or settings that do not apply.
+            ValueError: for sizes that the patch size does not divide, prompts that the model does not take, channels
+                that cannot be decoded, options that the solver does not have, or settings that do not apply.
         """
         prompts = [prompt] if isinstance(prompt, str | int) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt to draw; give at least one")
         guidance = Guidance(guidance_scale, guided_channels, guidance_interval)
-        guidance.check_channels(self.model.config.in_channels)
         if num_images_per_prompt < 1 or num_frames < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} and num_frames={num_frames} must be ≥ 1")
         if num_frames > 1 and not self.model.config.frames:
             raise ValueError(f"num_frames={num_frames}, but this model was built without frames; it draws one")
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         height, width = (DEFAULT_SIDE if side is None else side for side in (height, width))
+        channels = self._channels(channels)
+        guidance.check_channels(channels)
         extrapolation = self.extrapolation_for(
             height,
             width,
@@ -199,7 +203,7 @@ class LuminaPipeline:
             trained_length=trained_length,
             time_shift=time_shift,
         )
-        noise = self._noise(len(prompts), num_frames, height, width, generator)
+        noise = self._noise(len(prompts), num_frames, channels, height, width, generator)
         conditions = self._conditions(prompts, negative_prompt, guidance.used)
         if num_inference_steps is None and solver not in ("dopri5", "dopri8"):
             num_inference_steps = DEFAULT_STEPS
@@ -251,6 +255,19 @@ class LuminaPipeline:
             time_shift=time_shift,
         )
 
+    def _channels(self, channels: int | None) -> int:
+        whole = self.model.config.in_channels
+        if channels is None:
+            return whole
+        if channels not in (1, 3, whole) or channels > whole:
+            raise ValueError(f"channels is {channels}; pictures have 1 or 3, and this model draws at most {whole}")
+        if not self.vae.decodes(channels):
+            raise ValueError(
+                f"channels is {channels}, but the autoencoder decodes latents of {whole} only; leave it out, or decode "
+                "with vae `identity`"
+            )
+        return channels
+
     def _latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         multiple = self._multiple
         if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -261,9 +278,16 @@ class LuminaPipeline:
         return (frames, *self.vae.latent_shape(height, width))
 
     def _noise(
-        self, count: int, frames: int, height: int, width: int, generator: torch.Generator | Sequence | None
+        self,
+        count: int,
+        frames: int,
+        channels: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | Sequence | None,
     ) -> Tensor:
-        shape = self._latent_shape(frames, height, width)
+        frames, _, rows, columns = self._latent_shape(frames, height, width)
+        shape = (frames, channels, rows, columns)
         if isinstance(generator, Sequence):
             if len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} samples; give one, or one for each")

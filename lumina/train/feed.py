@@ -43,6 +43,7 @@ class _PackOutline:
     caption_lengths: tuple[int, ...] | None
     caption_width: int
     labels: list[int] | None
+    channels: tuple[int, ...] | None
 
 
 class Feed:
@@ -114,7 +115,7 @@ class Feed:
             captions = Captions.of(features, outline.caption_lengths)
         if outline.labels is not None:
             labels = torch.tensor(outline.labels, device=device)
-        return Encoded(outline.identities, latents, captions, labels)
+        return Encoded(outline.identities, latents, captions, labels, outline.channels)
 
 
 def _outline(encoded: Encoded) -> _PackOutline:
@@ -125,4 +126,5 @@ def _outline(encoded: Encoded) -> _PackOutline:
         None if captions is None else captions.lengths,
         0 if captions is None else captions.features.shape[1],
         None if labels is None else labels.tolist(),
+        encoded.channels,
     )

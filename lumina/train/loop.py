@@ -119,6 +119,7 @@ class Trainer:
             Randomness(config.run.seed),
             config.data.caption_dropout,
             mesh,
+            config.data.pad_channels,
         )
         self.feed = Feed(self.loader, preparer, mesh, config.train.packs_per_forward)
         initial, start = self._initial_model(checkpoint)

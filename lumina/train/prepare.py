@@ -51,6 +51,7 @@ class Encoded:
     latents: list[Tensor]  # (F, C, H, W) each
     captions: Captions | None
     labels: Int[Tensor, "n"] | None
+    channels: tuple[int, ...] | None = None  # of each sample, its first ones, the others being padding; None: all
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,7 @@ class TrainingPack:
     stretch: Stretch
     captions: Captions | None
     labels: Int[Tensor, "n"] | None
+    channels: tuple[int, ...] | None = None  # as in `Encoded`
 
     @property
     def t_of_token(self) -> Float[Tensor, "t"]:
@@ -71,11 +73,18 @@ class TrainingPack:
         return self.t[self.stretch.tokens.sample_id_t]
 
     def per_sample(self, errors: Float[Tensor, "t p"]) -> Float[Tensor, "n"]:
-        """Each sample's mean over its patches: this rank's share, which sums to the mean over those that share it."""
+        """Each sample's mean over its patches: this rank's share, which sums to the mean over those that share it.
+
+        Padded channels do not count.
+        """
         tokens = self.stretch.tokens
         held = torch.tensor(tokens.attention.query_lengths, device=errors.device)
         patches = torch.tensor(tokens.patch_counts, device=errors.device)
-        return per_sample_mean(errors, tokens.is_patch_t, held, patches)
+        width = None
+        if self.channels is not None:
+            # A patch lies as (C, p, p), so that the channels of a sample come first.
+            width = torch.tensor(self.channels, device=errors.device) * tokens.patch_size**2
+        return per_sample_mean(errors, tokens.is_patch_t, held, patches, width)
 
 
 class Preparer:
@@ -90,7 +99,10 @@ class Preparer:
         randomness: Randomness,
         caption_dropout: float,
         mesh: Mesh,
+        pad_channels: bool = False,
     ):
+        """`pad_channels`: latents may have fewer channels than the model, and zeros fill them up."""
+        self._pad_channels = pad_channels
         self._model, self._vae, self._text = model, vae, text
         self._objective, self._randomness = objective, randomness
         self._caption_dropout, self._mesh, self._device = caption_dropout, mesh, mesh.device
@@ -106,13 +118,24 @@ class Preparer:
         """
         captions, labels = self._conditions(samples)
         identities = tuple(Identity(sample.sample_id, sample.epoch, sample.occurrence) for sample in samples)
-        return Encoded(identities, [self._latents(sample) for sample in samples], captions, labels)
+        latents = [self._latents(sample) for sample in samples]
+        whole = self._model.in_channels
+        channels = tuple(latent.shape[1] for latent in latents)
+        if all(count == whole for count in channels):
+            return Encoded(identities, latents, captions, labels)
+        return Encoded(identities, [_padded(latent, whole) for latent in latents], captions, labels, channels)
 
     def pack(self, encoded: Encoded) -> TrainingPack:
         """This rank's part of a forward pass over these samples."""
         samples, latents = encoded.identities, encoded.latents
         shapes = [tuple(latent.shape) for latent in latents]
-        noise = [self._randomness.normal("noise", sample, shape) for sample, shape in zip(samples, shapes, strict=True)]
+        noise = [
+            # Drawn without the padding: a sample's noise does not depend on the model's channels.
+            _padded(self._randomness.normal("noise", sample, (frames, real, height, width)), whole)
+            for sample, real, (frames, whole, height, width) in zip(
+                samples, encoded.channels or [shape[1] for shape in shapes], shapes, strict=True
+            )
+        ]
         u = torch.tensor([self._randomness.uniform("time", sample) for sample in samples], dtype=torch.float64)
         # The middle of the draw's last bit: a law that is infinite at 0 is never asked for it.
         t = self._objective.draw_times(u.clamp_min(2.0**-54)).to(self._device, torch.float32)
@@ -127,6 +150,7 @@ class Preparer:
             stretch=stretch,
             captions=encoded.captions,
             labels=encoded.labels,
+            channels=encoded.channels,
         )
 
     def _latents(self, sample: TrainingSample) -> Float[Tensor, "f c h w"]:
@@ -143,10 +167,11 @@ class Preparer:
         """Latents out of the posterior that was encoded beforehand."""
         _same_encoder(sample, "vae", self._vae.describe())
         mean, deviation = moments.to(self._device, torch.float32).chunk(2, dim=1)
-        if mean.shape[1] != self._vae.latent_channels:
+        channels, whole = mean.shape[1], self._vae.latent_channels
+        if channels > whole or (channels < whole and not self._pad_channels):
+            fill = "; data.pad_channels=true fills them up" if channels < whole else ""
             raise ValueError(
-                f"sample {sample.key} holds latents of {mean.shape[1]} channels; model.in_channels="
-                f"{self._vae.latent_channels}"
+                f"sample {sample.key} holds latents of {channels} channels; model.in_channels={whole}{fill}"
             )
         if self._vae.factor == 1:
             return mean
@@ -187,6 +212,11 @@ class Preparer:
                 f"0 to {self._model.num_classes - 1}"
             )
         return label
+
+
+def _padded(latent: Float[Tensor, "f c h w"], channels: int) -> Float[Tensor, "f c2 h w"]:
+    """With channels of zeros behind its own."""
+    return torch.nn.functional.pad(latent, (0, 0, 0, 0, 0, channels - latent.shape[1]))
 
 
 def _same_encoder(sample: TrainingSample, which: str, ours: str) -> None:
