@@ -84,6 +84,14 @@ def add_data(verbs: argparse._SubParsersAction, parser_class: type[argparse.Argu
 
 def _add_generated(recipes: argparse._SubParsersAction) -> None:
     """The verbs that make other small sets; the bytes depend on the seed and the options, not on the processes."""
+    sheets = recipes.add_parser(
+        "digit-sheets",
+        help="one to four real digits of a kind beside each other",
+        description="Write pictures of one, two or four of scikit-learn's handwritten digits, all the same digit, with "
+        "captions, as webdataset shards and their index: a model of them can be given captions for regions.",
+        example="lumina data digit-sheets data/digit-sheets",
+    )
+    sheets.set_defaults(run=_data_digit_sheets)
     moving = recipes.add_parser(
         "moving-digits",
         help="videos of real handwritten digits that move as the caption says",
@@ -119,7 +127,12 @@ def _add_generated(recipes: argparse._SubParsersAction) -> None:
     )
     speech.add_argument("--held", action="store_true", help="by the voices that are kept apart, for judges")
     speech.set_defaults(run=_data_speech)
-    for verb, count, what in ((moving, 3000, "videos"), (turntable, 1440, "objects"), (speech, 1500, "words")):
+    for verb, count, what in (
+        (sheets, 4000, "sheets"),
+        (moving, 3000, "videos"),
+        (turntable, 1440, "objects"),
+        (speech, 1500, "words"),
+    ):
         verb.add_argument("out", metavar="OUT", help="a new or empty folder")
         verb.add_argument("--count", type=int, default=count, metavar="N", help=f"{what} (default {count})")
         verb.add_argument("--seed", type=int, default=0, metavar="N", help="chooses all that is random (default 0)")
@@ -187,6 +200,12 @@ def _data_digits(arguments: argparse.Namespace) -> None:
 
     summary = write_digits(arguments.out)
     print(f"{summary.samples:,} digits in {summary.shards} shards under {arguments.out}")
+
+
+def _data_digit_sheets(arguments: argparse.Namespace) -> None:
+    from lumina.data.recipes.digit_sheets import write_digit_sheets
+
+    _generate(arguments, write_digit_sheets, "sheets")
 
 
 def _data_moving_digits(arguments: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ class _Recipe:
     seed: int
 
     def __call__(self, number: int) -> dict[str, Any]:
-        images, digits = _real_digits()
+        images, digits = real_digits()
         numbers = training_numbers()
         draws = Draws("moving digits", self.seed, number)
         # Every digit is used before one is used again.
@@ -167,16 +167,16 @@ def held_prompts(digit: int, direction: str) -> list[str]:
 
 def training_numbers() -> np.ndarray:
     """Numbers of scikit-learn's digits that are in videos, ascending."""
-    return np.setdiff1d(np.arange(len(_real_digits()[1])), held_numbers())
+    return np.setdiff1d(np.arange(len(real_digits()[1])), held_numbers())
 
 
 def held_numbers() -> np.ndarray:
     """Numbers of scikit-learn's digits that are in no video, ascending."""
-    return np.arange(HELD_DIGITS_EVERY - 1, len(_real_digits()[1]), HELD_DIGITS_EVERY)
+    return np.arange(HELD_DIGITS_EVERY - 1, len(real_digits()[1]), HELD_DIGITS_EVERY)
 
 
 @lru_cache(maxsize=1)
-def _real_digits() -> tuple[np.ndarray, np.ndarray]:
+def real_digits() -> tuple[np.ndarray, np.ndarray]:
     """Grey as it is stored, uint8 (n, 8, 8), and the digits 0 … 9, int64 (n,)."""
     from sklearn.datasets import load_digits  # a second of import, paid by these recipes alone
 
