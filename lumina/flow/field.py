@@ -44,11 +44,14 @@ class Field:
         *,
         sde: bool = False,
         last_step_size: float | None = None,
+        start: float | None = None,
     ) -> "Field":
         """For x of the shape and dtype of `like`; with a last step the field ends where that begins.
 
+        It begins at t = `start`, where that is given and lies above epsilon.
+
         Raises:
-            ValueError: for a shift, epsilon or last step out of range, or epsilon 0 where something is infinite.
+            ValueError: for a shift, epsilon, start or last step out of range, or epsilon 0 where something is infinite.
         """
         path, prediction = objective.path, objective.prediction
         if epsilon is None:
@@ -71,7 +74,10 @@ class Field:
                     "the last step starts at 1 - last_step_size"
                 )
             end = 1 - last_step_size
-        return cls(model, objective, like.dtype, bounds[0], end, check_shift(time_shift), bounds)
+        if start is not None and not 0 <= start < end:
+            raise ValueError(f"start must be a time from 0 (noise) to below {end:g}, where sampling ends, not {start}")
+        begin = bounds[0] if start is None else max(bounds[0], start)
+        return cls(model, objective, like.dtype, begin, end, check_shift(time_shift), bounds)
 
     def reversed(self) -> "Field":
         """The same field with s running from data to noise."""

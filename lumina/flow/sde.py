@@ -19,6 +19,7 @@ LAST_STEPS = ("mean", "tweedie", "euler")
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Callback = Callable[[int, int | None, Tensor], object]
+Constraint = Callable[[Tensor, float], Tensor]
 
 
 class Noises:
@@ -102,6 +103,7 @@ class SDE:
         steps: int,
         noises: Noises,
         callback: Callback | None,
+        constrain: Constraint | None = None,
     ) -> Float[Tensor, "n ..."]:
         """x at the field's end, or at t = 1 after the last step, which is one of `steps`.
 
@@ -114,10 +116,14 @@ class SDE:
         step = {"sde_euler": self._euler_maruyama, "sde_heun": self._heun}[solver]
         for i, (t, after) in enumerate(pairwise(field.grid(moves))):
             x = step(field, x, t, after, noises.like(x) * math.sqrt(after - t))
+            if constrain is not None:
+                x = constrain(x, after)
             if callback is not None:
                 callback(i + 1, steps, x)
         if self.last_step is not None:
             x = self._finish(field, x)
+            if constrain is not None:
+                x = constrain(x, 1.0)
             if callback is not None:
                 callback(steps, steps, x)
         return x

@@ -15,7 +15,7 @@ from torch import Tensor
 from lumina.flow.field import Field, Model, working_precision
 from lumina.flow.loss import Objective
 from lumina.flow.path import check_choice
-from lumina.flow.sde import SDE, Callback, Generators, Noises
+from lumina.flow.sde import SDE, Callback, Constraint, Generators, Noises
 
 FIXED_STEP_SOLVERS = ("euler", "midpoint", "heun", "rk4")
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8")
@@ -46,6 +46,8 @@ def sample(
     last_step: str | None = None,
     last_step_size: float | None = None,
     generator: Generators = None,
+    start: float | None = None,
+    constrain: Constraint | None = None,
     callback: Callback | None = None,
 ) -> Float[Tensor, "n ..."]:
     """Samples, of the shape and dtype of `noise` (standard normal draws).
@@ -65,6 +67,9 @@ def sample(
         last_step: of an SDE, None or one of `sde.LAST_STEPS`, without noise, from t = 1 − last_step_size (default
             0.04) to the data.
         generator: of the SDE's noise, one for all or one for each sample; an ODE draws nothing.
+        start: `noise` is not noise, but x at this time; all steps are made from there on.
+        constrain: called as constrain(x, t) after each step with the time that it came to, and gives the x to go on
+            with; of the solvers with fixed steps.
         callback: called after each step with (steps done, steps in all, x); in all is None where the solver is
             adaptive. An exception from it ends the sampling.
 
@@ -80,10 +85,14 @@ def sample(
         _refuse_foreign(solver, ADAPTIVE_SOLVERS, rtol=rtol, atol=atol)
         noises = Noises(generator, noise.shape[0])
         sde = SDE(diffusion, diffusion_norm, last_step, last_step_size)
-        field = Field.build(model, noise, objective, epsilon, time_shift, sde=True, last_step_size=sde.last_step_size)
-        return sde.integrate(field, working_precision(noise), solver, _count(steps), noises, callback).to(noise.dtype)
-    field = Field.build(model, noise, objective, epsilon, time_shift)
-    x = _integrate(field, field.velocity, working_precision(noise), solver, steps, rtol, atol, callback)
+        field = Field.build(
+            model, noise, objective, epsilon, time_shift, sde=True, last_step_size=sde.last_step_size, start=start
+        )
+        x = working_precision(noise)
+        return sde.integrate(field, x, solver, _count(steps), noises, callback, constrain).to(noise.dtype)
+    _refuse_foreign(solver, FIXED_STEP_SOLVERS + SDE_SOLVERS, constrain=constrain)
+    field = Field.build(model, noise, objective, epsilon, time_shift, start=start)
+    x = _integrate(field, field.velocity, working_precision(noise), solver, steps, rtol, atol, callback, constrain)
     return x.to(noise.dtype)
 
 
@@ -198,6 +207,7 @@ def _integrate(
     rtol: float | None,
     atol: float | None,
     callback: Callback | None,
+    constrain: Constraint | None = None,
 ) -> Tensor:
     """x at the other end of the field's time, dx/dt = slope(x, t)."""
     _refuse_foreign(solver, FIXED_STEP_SOLVERS + SDE_SOLVERS, steps=steps)
@@ -208,6 +218,8 @@ def _integrate(
     steps = _count(steps)
     for i, (t, after) in enumerate(pairwise(field.grid(steps))):
         x = _STEPS[solver](slope, x, t, after - t)
+        if constrain is not None:
+            x = constrain(x, after)
         if callback is not None:
             callback(i + 1, steps, x)
     return x

@@ -1,12 +1,13 @@
 """Classifier-free guidance in sampling: how much, of which channels and when; and the network as a solver calls it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lumina.inference.conditions import Conditions
 from lumina.inference.extrapolate import ExtrapolationSettings, reached
 from lumina.model.flag_dit import FlagDiT, guide
 
@@ -70,15 +71,19 @@ class Guidance:
 
 
 def network(
-    model: FlagDiT, conditions: Mapping[str, Tensor], guidance: Guidance, settings: ExtrapolationSettings
+    model: FlagDiT,
+    conditions: Conditions,
+    guidance: Guidance,
+    settings: ExtrapolationSettings,
+    known: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`model` as `lumina.flow.solver.sample` calls it: (x (N, ...), one time N times) to what it predicts.
 
     x may have fewer channels than the model, which then sees zeros in the others.
 
     Args:
-        conditions: the model's arguments `cap_feats` and `cap_mask`, or `labels`: of the N samples and, where
-            guidance is used, of N more that it leads away from.
+        conditions: of the N samples, and of the known ones after them.
+        known: further samples (M, ...) at a time (N,), which the others may see but nobody is told of.
     """
     timed = settings.timed or (guidance.used and not guidance.always)
     whole = model.config.in_channels
@@ -86,13 +91,24 @@ def network(
     def call(x: Tensor, t: Tensor) -> Tensor:
         time = t[0].item() if timed else 0.0  # on a GPU a wait, which is kept out of runs that do not need it
         extrapolation = settings.at(time)
-        count, channels = len(x), x.shape[-3]
+        asked, channels = len(x), x.shape[-3]
+        if known is not None:
+            others = known(t).to(x.dtype)
+            x, t = torch.cat((x, others)), torch.cat((t, t[:1].expand(len(others))))
         # What is padded the solver never sees, so that nothing grows there.
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, whole - channels))
-        if not guidance.applies(time):
-            own = {name: condition[:count] for name, condition in conditions.items()}
-            return model(x, t.float(), extrapolation=extrapolation, **own)[..., :channels, :, :]
-        doubled = model(torch.cat((x, x)), torch.cat((t, t)).float(), extrapolation=extrapolation, **conditions)
-        return guide(doubled, guidance.scale, guidance.channels)[:count, ..., :channels, :, :]
+        x, t = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, whole - channels)), t.float()
+        if guidance.applies(time):
+            both = model(
+                torch.cat((x, x)),
+                torch.cat((t, t)),
+                extrapolation=extrapolation,
+                reach=conditions.doubled,
+                **conditions.arguments,
+            )
+            out = guide(both, guidance.scale, guidance.channels)
+        else:
+            own = conditions.halved(len(x))
+            out = model(x, t, extrapolation=extrapolation, reach=conditions.own, **own)
+        return out[:asked, ..., :channels, :, :]
 
     return call

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SMALLEST_CELL = 64
@@ -22,6 +23,13 @@ def to_images(pixels: Float[Tensor, "f c h w"]) -> list[Image.Image]:
         raise ValueError(f"{channels} channels are no picture; pictures have 1 or 3 (is vae.model the right one?)")
     grey_or_rgb = ((pixels.float().cpu().numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     return [Image.fromarray(frame[0] if channels == 1 else frame.transpose(1, 2, 0)) for frame in grey_or_rgb]
+
+
+def to_pixels(frames: Sequence[Image.Image], height: int, width: int, channels: int) -> Float[Tensor, "f c h w"]:
+    """Frames as values in [-1, 1], grey (1 channel) or RGB (3), cut to the aspect and scaled to height × width."""
+    fitted = [ImageOps.fit(frame.convert("L" if channels == 1 else "RGB"), (width, height)) for frame in frames]
+    values = np.stack([np.asarray(frame, dtype=np.float32) for frame in fitted]).reshape(-1, height, width, channels)
+    return torch.from_numpy(values / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 def save_sample(frames: Sequence[Image.Image], stem: Path) -> Path:

@@ -16,10 +16,14 @@ from lumina.config.schema import FlowConfig, TextConfig, TrainedConfig, VaeConfi
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
+from lumina.flow.sde import Constraint
 from lumina.flow.solver import SDE_SOLVERS, sample
+from lumina.inference.compose import Region
+from lumina.inference.conditions import Conditions, label_conditions, text_conditions
 from lumina.inference.extrapolate import ExtrapolationSettings, longest_trained, settings_for
 from lumina.inference.guidance import DEFAULT_GUIDANCE, Guidance, network
-from lumina.inference.images import to_images
+from lumina.inference.images import to_images, to_pixels
+from lumina.inference.style import Style, known_sample
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
 from lumina.model.public import read_arguments
@@ -155,6 +159,11 @@ class LuminaPipeline:
         rope_switch: float | None = None,
         proportional_attention: bool | None = None,
         trained_length: int | None = None,
+        regions: Sequence[Region] = (),
+        style: Style | None = None,
+        latents: Tensor | None = None,
+        start: float | None = None,
+        constrain: Constraint | None = None,
         callback: Progress | None = None,
         **solver_options: Any,
     ) -> LuminaOutput:
@@ -174,6 +183,10 @@ class LuminaPipeline:
             solver, solver_options: see `lumina.flow.solver.sample`.
             guided_channels, guidance_interval: see `lumina.inference.guidance.Guidance`.
             rope, rope_factor, rope_switch, proportional_attention, trained_length, time_shift: see `extrapolation_for`.
+            regions: captions of parts of the samples, which `prompt` is then the rest of (`lumina.inference.compose`).
+            style: what the samples take their style from (`lumina.inference.style`).
+            latents: (N, F, C, H, W), in place of noise that is drawn.
+            start, constrain: see `lumina.flow.solver.sample`; with `start`, `latents` are what is there at that time.
             callback: called as callback(step, steps, x) after every step.
 
         Raises:
@@ -203,19 +216,27 @@ class LuminaPipeline:
             trained_length=trained_length,
             time_shift=time_shift,
         )
-        noise = self._noise(len(prompts), num_frames, channels, height, width, generator)
-        conditions = self._conditions(prompts, negative_prompt, guidance.used)
+        shape = (num_frames, channels, *self._latent_shape(num_frames, height, width)[2:])
+        noise = self._noise(len(prompts), shape, generator) if latents is None else self._given(latents, prompts, shape)
+        conditions = self._conditions(prompts, negative_prompt, shape, guidance.used, regions, style)
+        known = None
+        if style is not None and style.reference is not None:
+            reference = self.encode([style.reference] * num_frames, height, width, channels)[None]
+            own = torch.Generator().manual_seed(style.seed)
+            known = known_sample(self.objective.path, reference, self._noise(1, shape, own))
         if num_inference_steps is None and solver not in ("dopri5", "dopri8"):
             num_inference_steps = DEFAULT_STEPS
         if solver in SDE_SOLVERS and generator is not None:
             solver_options["generator"] = generator
         latents = sample(
-            network(self.model, conditions, guidance, extrapolation),
+            network(self.model, conditions, guidance, extrapolation, known),
             noise,
             self.objective,
             solver=solver,
             steps=num_inference_steps,
             time_shift=extrapolation.time_shift,
+            start=start,
+            constrain=constrain,
             callback=callback,
             **solver_options,
         )
@@ -277,17 +298,41 @@ class LuminaPipeline:
             )
         return (frames, *self.vae.latent_shape(height, width))
 
-    def _noise(
+    def encode(
         self,
-        count: int,
-        frames: int,
-        channels: int,
-        height: int,
-        width: int,
-        generator: torch.Generator | Sequence | None,
+        frames: Sequence[Image.Image],
+        height: int | None = None,
+        width: int | None = None,
+        channels: int | None = None,
     ) -> Tensor:
-        frames, _, rows, columns = self._latent_shape(frames, height, width)
-        shape = (frames, channels, rows, columns)
+        """Latents (F, C, H, W) of a picture, or of the frames of a video: the mode of the autoencoder's posterior.
+
+        They are scaled until they cover height × width, their own size by default, and what stands over is cut off.
+
+        Raises:
+            ValueError: for frames of several sizes, and sizes that the patch size does not divide.
+        """
+        if not frames or len({frame.size for frame in frames}) > 1:
+            raise ValueError("give at least one frame, and frames of one size")
+        own_width, own_height = frames[0].size
+        height, width = own_height if height is None else height, own_width if width is None else width
+        self._latent_shape(len(frames), height, width)
+        channels = self._channels(channels)
+        # Autoencoders take RGB; the identity's pixels have the channels of the samples.
+        pixels = to_pixels(frames, height, width, channels if self.vae.factor == 1 else 3)
+        return self.vae.encode(pixels, None).to(next(self.model.parameters()).device)
+
+    def _given(self, latents: Tensor, prompts: list, shape: tuple[int, int, int, int]) -> Tensor:
+        if tuple(latents.shape) != (len(prompts), *shape):
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}; {len(prompts)} samples of this size are "
+                f"{(len(prompts), *shape)} (N, F, C, H, W)"
+            )
+        return latents.to(next(self.model.parameters()).device)
+
+    def _noise(
+        self, count: int, shape: tuple[int, int, int, int], generator: torch.Generator | Sequence | None
+    ) -> Tensor:
         if isinstance(generator, Sequence):
             if len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} samples; give one, or one for each")
@@ -296,31 +341,37 @@ class LuminaPipeline:
             noise = torch.randn((count, *shape), generator=generator)
         return noise.to(next(self.model.parameters()).device)
 
-    def _conditions(self, prompts: list, negative_prompt: str, guided: bool) -> dict[str, Tensor]:
-        """Of the samples, then, where guidance needs them, of the negative prompt or the class "none"."""
+    def _conditions(
+        self,
+        prompts: list,
+        negative_prompt: str,
+        shape: tuple[int, int, int, int],
+        guided: bool,
+        regions: Sequence[Region],
+        style: Style | None,
+    ) -> Conditions:
+        """Of the samples and, behind them, of the picture whose style they share."""
+        known = style is not None and style.reference is not None
+        leader = None if style is None else len(prompts) * known
+        shape = (shape[0], self.model.config.in_channels, *shape[2:])
         if self.text_encoder is not None:
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("this model is text-conditional: prompts are sentences")
-            captions = prompts + [negative_prompt] * len(prompts) * guided
-            features, mask = self.text_encoder(captions)
-            return {"cap_feats": features.to(next(self.model.parameters()).dtype), "cap_mask": mask}
+            return text_conditions(
+                self.model,
+                self.text_encoder,
+                prompts + [style.prompt] * known if known else prompts,
+                negative_prompt,
+                shape,
+                guided=guided,
+                regions=regions,
+                leader=leader,
+                plain=int(known),
+            )
         if negative_prompt:
             raise ValueError("a label-conditional model takes no negative_prompt")
-        none = self.model.config.num_classes
-        labels = [self._label(prompt) for prompt in prompts] + [none] * len(prompts) * guided
-        return {"labels": torch.tensor(labels, device=next(self.model.parameters()).device)}
-
-    def _label(self, prompt: str | int) -> int:
-        classes = self.model.config.num_classes
-        try:
-            label = int(prompt)
-        except ValueError:
-            label = -1
-        if not 0 <= label < classes:
-            raise ValueError(
-                f"this model is label-conditional: a prompt is a class from 0 to {classes - 1}, not {prompt!r}"
-            )
-        return label
+        if regions:
+            raise ValueError("a label-conditional model takes no regions: it has no captions to follow")
+        known_class = [style.prompt or self.model.config.num_classes] if known else []
+        return label_conditions(self.model, prompts + known_class, shape, guided=guided, leader=leader)
 
 
 Opened = tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig, TrainedConfig | None]

@@ -6,7 +6,7 @@ Shape suffixes: t token of the pack, s caption token, d model dim, h head, e ele
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lumina.kernels import AttentionPlan, attention, qk_norm_rope
@@ -25,6 +25,8 @@ class AttentionInputs:
     query_scale_t: Float[Tensor, "t"] | None  # proportional attention
     captions: Captions | None
     text_plan: AttentionPlan | None
+    key_source_s: Int[Tensor, "s"] | None = None  # tokens whose keys and values are seen; None: all, in their order
+    text_order_t: Int[Tensor, "t"] | None = None  # tokens as `text_plan` has them; None: in their order
 
 
 class AttentionCore(nn.Module):
@@ -88,13 +90,19 @@ class Attention(nn.Module):
         scaled_q = q_the
         if inputs.query_scale_t is not None:
             scaled_q = q_the * inputs.query_scale_t[:, None, None].to(q_the.dtype)
+        if inputs.key_source_s is not None:
+            k_the, v_the = k_the[inputs.key_source_s], v_the[inputs.key_source_s]
         out_the = self.core(scaled_q, k_the, v_the, inputs.plan)
         if captions_sd is not None:
-            out_the = out_the + self._text_branch(q_the, captions_sd, inputs.text_plan)
+            out_the = out_the + self._text_branch(q_the, captions_sd, inputs.text_plan, inputs.text_order_t)
         return self.wo(out_the.flatten(1))
 
     def _text_branch(
-        self, q_the: Float[Tensor, "t h e"], captions_sd: Float[Tensor, "s width"], plan: AttentionPlan
+        self,
+        q_the: Float[Tensor, "t h e"],
+        captions_sd: Float[Tensor, "s width"],
+        plan: AttentionPlan,
+        order_t: Int[Tensor, "t"] | None,
     ) -> Float[Tensor, "t h e"]:
         # Caption keys carry no position: they are normed, not rotated.
         k_sd = self.wk_y(captions_sd)
@@ -102,7 +110,11 @@ class Attention(nn.Module):
             k_sd = self.ky_norm(k_sd)
         k_she = k_sd.unflatten(-1, (-1, self.head_dim))
         v_she = self.wv_y(captions_sd).unflatten(-1, (-1, self.head_dim))
-        return self.gate.tanh()[:, None] * self.text_core(q_the, k_she, v_she, plan)
+        if order_t is None:
+            out_the = self.text_core(q_the, k_she, v_she, plan)
+        else:
+            out_the = torch.empty_like(q_the).index_copy(0, order_t, self.text_core(q_the[order_t], k_she, v_she, plan))
+        return self.gate.tanh()[:, None] * out_the
 
 
 def _affine(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None]:

@@ -18,6 +18,7 @@ from lumina.model.attention import Attention, AttentionInputs
 from lumina.model.config import FlagDiTConfig
 from lumina.model.initialise import initialise
 from lumina.model.modulation import LabelEmbedder, Modulation, RMSNorm, TimestepEmbedder
+from lumina.model.reach import OWN, Reach
 from lumina.model.rope import TRAINED, Extrapolation, rotary_cos_sin
 from lumina.model.tokens import NEXTFRAME, NEXTLINE, AttentionPlan, Captions, Layout, layout_of, pack, unpack
 
@@ -134,6 +135,7 @@ class FlagDiT(nn.Module):
         *,
         layout: Layout | None = None,
         captions: Captions | None = None,
+        reach: Reach = OWN,
     ) -> Samples:
         """The predicted velocity of each sample, in the form `x` came in.
 
@@ -144,20 +146,21 @@ class FlagDiT(nn.Module):
             cap_feats, cap_mask: caption features and which of their tokens are real, of a text-conditional model.
             labels: classes of a label-conditional model; `config.num_classes` stands for "none".
             extrapolation: how to run at lengths not trained on.
+            reach: captions of parts of samples, and keys that samples share, of the tokens of this very pack.
 
         Raises:
             ValueError: for sides that the patch size does not divide, conditions that the model does not take or
                 lacks, or counts that disagree.
         """
         if layout is not None:
-            return self.forward_packed(x, t, layout, captions, labels, extrapolation)
+            return self.forward_packed(x, t, layout, captions, labels, extrapolation, reach)
         samples = [sample.unsqueeze(0) if sample.dim() == 3 else sample for sample in x]
         if wrong := [sample for sample in samples if sample.dim() != 4]:
             raise ValueError(f"a sample is {tuple(wrong[0].shape)}; samples are (C, H, W) or (F, C, H, W)")
         self._check(samples, t, cap_feats, cap_mask, labels)
         captions = None if cap_feats is None else Captions.from_padded(cap_feats, cap_mask)
         layout = self.layout([tuple(sample.shape) for sample in samples], t.device)
-        out = self.forward_packed(pack(samples, layout), t, layout, captions, labels, extrapolation)
+        out = self.forward_packed(pack(samples, layout), t, layout, captions, labels, extrapolation, reach)
         results = [y.reshape(sample.shape) for y, sample in zip(unpack(out, layout), x, strict=True)]
         return torch.stack(results) if isinstance(x, Tensor) else results
 
@@ -173,6 +176,7 @@ class FlagDiT(nn.Module):
         captions: Captions | None = None,
         labels: Int[Tensor, "n"] | None = None,
         extrapolation: Extrapolation = TRAINED,
+        reach: Reach = OWN,
     ) -> Float[Tensor, "t p"]:
         """The velocity of every patch of a pack, patches in the order (C, p, p) as `tokens.pack` lays them.
 
@@ -180,11 +184,15 @@ class FlagDiT(nn.Module):
         """
         captions = None if captions is None else captions.to(dtype=self.x_embedder.weight.dtype)
         x_td = self.embed(x_tp, layout)
+        inputs = self.attention_inputs(layout, captions, extrapolation, reach)
+        sample_id_t = layout.sample_id_t
+        if reach.groups is not None:
+            # What follows a caption is modulated by it, too: a group is to modulation what a sample is.
+            sample_id_t, t, captions = reach.groups.group_t, t[reach.groups.sample_g], inputs.captions
         c_nw = self.condition(t, captions, labels)
-        inputs = self.attention_inputs(layout, captions, extrapolation)
         for block in self.layers:
-            x_td = block(x_td, c_nw, layout.sample_id_t, inputs)
-        return self.final_layer(x_td, c_nw, layout.sample_id_t).to(x_tp.dtype)
+            x_td = block(x_td, c_nw, sample_id_t, inputs)
+        return self.final_layer(x_td, c_nw, sample_id_t).to(x_tp.dtype)
 
     def embed(self, x_tp: Float[Tensor, "t p"], layout: Layout) -> Float[Tensor, "t d"]:
         """Patches projected to the model's width, learned tokens at their places."""
@@ -204,7 +212,11 @@ class FlagDiT(nn.Module):
         return self.t_embedder(t) + embedded
 
     def attention_inputs(
-        self, layout: Layout, captions: Captions | None, extrapolation: Extrapolation = TRAINED
+        self,
+        layout: Layout,
+        captions: Captions | None,
+        extrapolation: Extrapolation = TRAINED,
+        reach: Reach = OWN,
     ) -> AttentionInputs:
         """Angles, lengths and captions that every block's attention shares."""
         device = layout.position_t.device
@@ -213,10 +225,16 @@ class FlagDiT(nn.Module):
         if extrapolation.base_seqlen is not None:
             scales = [extrapolation.query_scale(length) for length in layout.lengths]
             query_scale = torch.tensor(scales, device=device)[layout.sample_id_t]
-        text_plan = None
-        if captions is not None:
+        text_plan, text_order = None, None
+        if reach.groups is not None:
+            captions = reach.groups.captions.to(dtype=self.x_embedder.weight.dtype)
+            text_plan, text_order = reach.groups.plan, reach.groups.order_t
+        elif captions is not None:
             text_plan = AttentionPlan(layout.attention.query_lengths, captions.lengths, device)
-        return AttentionInputs(cos, sin, layout.attention, query_scale, captions, text_plan)
+        plan, source = layout.attention, None
+        if reach.keys is not None:
+            plan, source = reach.keys.plan, reach.keys.source_s
+        return AttentionInputs(cos, sin, plan, query_scale, captions, text_plan, source, text_order)
 
     def forward_with_cfg(
         self,

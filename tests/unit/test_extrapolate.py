@@ -143,7 +143,8 @@ def test_time_aware_goes_by_the_time_that_the_model_sees(known, monkeypatch):
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_none_is_what_it_was_before(unknown, known, guidance):
     """Bit for bit: no trained length known, all switched off, and a size within the trained one."""
-    conditions = unknown._conditions(["a two"], "", guidance != 1)
+    features, mask = unknown.text_encoder(["a two"] + [""] * (guidance != 1))
+    conditions = {"cap_feats": features, "cap_mask": mask}
 
     def plain(x, t):
         if guidance == 1:
