@@ -31,9 +31,7 @@ class Vocoder:
         if not Path(folder).is_dir():
             raise ValueError(f"{_KEY}: there is no folder {folder}; a vocoder is a folder on this machine")
         with reading(_KEY, str(folder), "SpeechT5HifiGan vocoder", transformers):
-            config = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if config.model_type != "speecht5_hifigan":
             raise ValueError(f"{_KEY}: {folder} holds a {config.model_type}, not a HiFi-GAN (speecht5_hifigan)")
         for what, found, wanted in (
@@ -42,7 +40,9 @@ class Vocoder:
             ("samples a column", math.prod(config.upsample_rates), HOP),
         ):
             if found != wanted:
-                raise ValueError(f"{_KEY}: the vocoder {folder} has {found:,} {what}; spectrograms here have {wanted:,}")
+                raise ValueError(
+                    f"{_KEY}: the vocoder {folder} has {found:,} {what}; spectrograms here have {wanted:,}"
+                )
         with reading(_KEY, str(folder), "SpeechT5HifiGan vocoder", transformers):
             model, report = transformers.SpeechT5HifiGan.from_pretrained(
                 folder, config=config, local_files_only=True, weights_only=True, output_loading_info=True

@@ -21,11 +21,9 @@ class Offload:
         self._bring, self._here = bring, None
         self._waiting = {part: list(_tensors(part)) for part in parts}
         self._values = {part: [tensor.data for tensor in tensors] for part, tensors in self._waiting.items()}
-        self._hooks = [
-            module.register_forward_pre_hook(lambda *_, part=part: self._call(part))
-            for part in parts
-            for module in (part, *part.children())
-        ]
+        for part in parts:
+            for module in (part, *part.children()):
+                module.register_forward_pre_hook(lambda *_, part=part: self._call(part))
 
     def release(self) -> None:
         """Let go of what is there: all weights are on the CPU."""
@@ -33,12 +31,6 @@ class Offload:
             for tensor, value in zip(self._waiting[self._here], self._values[self._here], strict=True):
                 tensor.data = value
             self._here = None
-
-    def remove(self) -> None:
-        """Release, and bring nothing any more."""
-        self.release()
-        for hook in self._hooks:
-            hook.remove()
 
     def _call(self, part: nn.Module) -> None:
         if part is self._here:
