@@ -40,9 +40,7 @@ class Vocoder:
             ("samples a column", math.prod(config.upsample_rates), HOP),
         ):
             if found != wanted:
-                raise ValueError(
-                    f"{_KEY}: the vocoder {folder} has {found:,} {what}; spectrograms here have {wanted:,}"
-                )
+                raise ValueError(f"{_KEY}: {folder} has {found:,} {what}; the spectrograms here have {wanted:,}")
         with reading(_KEY, str(folder), "SpeechT5HifiGan vocoder", transformers):
             model, report = transformers.SpeechT5HifiGan.from_pretrained(
                 folder, config=config, local_files_only=True, weights_only=True, output_loading_info=True

@@ -75,12 +75,21 @@ class Form:
         )
 
     def of_model(self, pipeline: LuminaPipeline) -> "Form":
-        """With what only the model tells."""
+        """With what only the model tells.
+
+        Raises:
+            ValueError: for sound of a model that draws pictures.
+        """
         if self.format != "wav":
             return self
-        multiple = pipeline.vae.factor * pipeline.model.config.patch_size
+        vae, channels = pipeline.vae, self.channels
+        if channels is None and vae.decodes(1):
+            channels = 1
+        if channels != 1 and (vae.decodes(1) or vae.pixel_channels != 1):
+            drawn = vae.pixel_channels if channels is None else channels
+            raise ValueError(f"--format wav: spectrograms have one channel; samples of {drawn} make no sound")
+        multiple = vae.factor * pipeline.model.config.patch_size
         width = columns_of(self.seconds, multiple) if self.width is None else self.width
-        channels = 1 if self.channels is None and pipeline.vae.decodes(1) else self.channels
         return replace(self, width=width, channels=channels)
 
     def writer(self, vae: Vae, device: torch.device) -> Writer:

@@ -70,8 +70,9 @@ def save_mp4(frames: Frames, path: Path, fps: float = DEFAULT_FPS) -> None:
     films = [_film_frame(frame) for frame in frames]
     height, width = films[0].shape[:2]
     name = next(name for name in _ENCODERS if name in av.codecs_available)
+    rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(name, rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream(name, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1  # the file does not depend on the number of cores
         context = stream.codec_context
@@ -81,9 +82,10 @@ def save_mp4(frames: Frames, path: Path, fps: float = DEFAULT_FPS) -> None:
             stream.options = {"crf": "12"}
         else:
             stream.bit_rate = max(200_000, int(4 * width * height * fps))
-        for film in films:
+        for number, film in enumerate(films):
             frame = av.VideoFrame.from_ndarray(film, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
+            frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
