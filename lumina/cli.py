@@ -16,7 +16,7 @@ from lumina.cli_data import add_data
 from lumina.cli_doctor import add_doctor
 from lumina.cli_launch import add_launch
 from lumina.cli_plan import add_plan
-from lumina.cli_sampling import add_sampling
+from lumina.cli_sampling import add_memory, add_sampling, add_sizes
 from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
 from lumina.config.exits import DONE as EXIT_DONE
 from lumina.config.exits import FAILED as EXIT_FAILED
@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         help="draw samples from prompts",
         description="Draw N samples of each prompt and write them, with samples.json and sheet.png, into a folder. "
-        "MODEL is a run, a checkpoint, an inference folder or a public Lumina-T2I folder.",
+        "MODEL is a run, a checkpoint, an inference folder or a public Lumina-T2I folder. Started by torchrun, "
+        "deepspeed or srun, each process draws its share.",
         example='lumina sample runs/digits --prompt "a handwritten digit seven" --count 8 --height 8 --width 8 '
         "--out samples",
     )
@@ -102,19 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompts-file", metavar="F", help="a file with a prompt on each line")
     sample.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     sample.add_argument("--count", type=int, default=1, metavar="N", help="samples of each prompt (default 1)")
-    sample.add_argument("--height", type=int, default=256, help="pixels (default 256)")
-    sample.add_argument("--width", type=int, default=256, help="pixels (default 256)")
-    sample.add_argument("--frames", type=int, default=1, help="frames of a video, views of an object (default 1)")
-    sample.add_argument("--channels", type=int, help="of samples that were padded in training, their own")
     sample.add_argument("--steps", type=int, help="of the solver (default 50); the adaptive solvers take none")
     sample.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (default 4; 1 is none)")
     sample.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
     sample.add_argument("--solver", default="euler", help="euler (default), midpoint, heun, rk4, dopri5, dopri8, …")
+    add_sizes(sample)
     add_sampling(sample)
+    add_memory(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next (default 0)")
-    sample.add_argument("--batch-size", type=int, default=16, help="samples drawn at once (default 16)")
+    sample.add_argument(
+        "--batch-size", type=int, metavar="N", help="samples drawn at once (default 16, or fewer that all ranks draw)"
+    )
     sample.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged (default) or last weights")
-    sample.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32 on a CPU, else bf16)")
     sample.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     sample.add_argument("--text-encoder", metavar="NAME", help="for a public folder, which does not name its own")
     sample.add_argument("--vae", metavar="NAME", help="in place of the autoencoder that the folder names")
@@ -141,10 +141,10 @@ def _train(arguments: argparse.Namespace) -> None:
         train(config, signals)
 
 
-def _sample(arguments: argparse.Namespace) -> None:
+def _sample(arguments: argparse.Namespace) -> int | None:
     from lumina.inference.draw import draw
 
-    draw(arguments)
+    return draw(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,42 @@
-"""Options of `lumina sample` for guidance and for lengths that were not trained on."""
+"""Options of `lumina sample` for sizes and files, guidance, lengths that were not trained on, and memory."""
 
 import argparse
 
 
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add those for the size of samples and the files they become."""
+    sizes = parser.add_argument_group("sizes and files")
+    sizes.add_argument("--height", type=int, help="pixels (default 256; 80 of sound)")
+    sizes.add_argument("--width", type=int, help="pixels (default 256); of sound, columns of 256 samples each")
+    sizes.add_argument("--frames", type=int, default=1, help="frames of a video, views of an object (default 1)")
+    sizes.add_argument("--channels", type=int, help="of samples that were padded in training, their own")
+    sizes.add_argument(
+        "--format",
+        choices=("auto", "png", "mp4", "gif", "sheet", "wav"),
+        default="auto",
+        help="auto (default): png of one frame, mp4 of several (gif without PyAV), wav with --seconds or --vocoder; "
+        "sheet: several frames on one PNG",
+    )
+    sizes.add_argument("--fps", type=float, metavar="R", help="frames a second of mp4 and gif (default 8)")
+    sizes.add_argument("--seconds", type=float, metavar="S", help="of sound, in place of --width")
+    sizes.add_argument(
+        "--vocoder", metavar="DIR", help="a HiFi-GAN folder that makes the sound (default: Griffin and Lim's algorithm)"
+    )
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add those that make sampling need less memory."""
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32 on a CPU, else bf16)")
+    memory.add_argument(
+        "--cpu-offload", action="store_true", help="keep weights on the CPU, and on the GPU only those at work"
+    )
+    memory.add_argument("--vae-tiling", action="store_true", help="decode large pictures in overlapping tiles")
+    memory.add_argument("--vae-slicing", action="store_true", help="decode one picture at a time")
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add them to the verb's parser."""
+    """Add those for guidance and for lengths."""
     parser.add_argument(
         "--guided-channels", type=int, metavar="N", help="guide the first N latent channels (default all)"
     )

@@ -28,6 +28,16 @@ class TextEncoder(ABC):
 
     width: int
     max_tokens: int
+    _device: torch.device
+
+    def compute_on(self, device: torch.device) -> torch.nn.Module | None:
+        """Take inputs to `device` from now on.
+
+        Returns:
+            The network, None where there is none: it stays where it is, and whoever calls this brings its weights.
+        """
+        self._device = device
+        return None
 
     @abstractmethod
     def describe(self) -> str:
@@ -199,6 +209,10 @@ class TransformersEncoder(TextEncoder):
             _drop_layers_after(model, layers, self._index)
         self._model = model.to(self._device).eval().requires_grad_(False)
         self.width = self._dry_run()
+
+    def compute_on(self, device: torch.device) -> torch.nn.Module | None:
+        self._device = device
+        return self._model
 
     def describe(self) -> str:
         hidden = "last hidden state" if self._index is None else f"hidden state {self._index}"

@@ -42,10 +42,32 @@ class Vae(ABC):
     def _pixels(self, latents: Tensor) -> Tensor:
         """Pixels of unscaled latents."""
 
-    @abstractmethod
-    def enable_memory_saving(self) -> None:
-        """One image at a time, and large ones in overlapping tiles: less memory, a little slower, and faint
-        differences where tiles meet. The identity has nothing to save."""
+    def enable_tiling(self) -> None:
+        """Large pictures in overlapping tiles: less memory, a little slower, faint differences where tiles meet.
+
+        A tile has the side that the autoencoder's config calls `sample_size`; what is no larger is one tile.
+
+        Raises:
+            ValueError: where there is no network, so nothing to save.
+        """
+        raise ValueError(f"there is nothing to tile: the autoencoder is {self.describe()}, which has no network")
+
+    def enable_slicing(self) -> None:
+        """One picture at a time: less memory, and slower on a device that a picture does not fill.
+
+        Raises:
+            ValueError: where there is no network, so nothing to save.
+        """
+        raise ValueError(f"there is nothing to slice: the autoencoder is {self.describe()}, which has no network")
+
+    def compute_on(self, device: torch.device) -> torch.nn.Module | None:
+        """Take inputs to `device` from now on.
+
+        Returns:
+            The network, None where there is none: it stays where it is, and whoever calls this brings its weights.
+        """
+        self._device = device
+        return None
 
     def decodes(self, channels: int) -> bool:
         """Whether latents of so many channels can be decoded."""
@@ -153,9 +175,6 @@ class IdentityVae(Vae):
     def decodes(self, channels: int) -> bool:
         return 1 <= channels <= self.latent_channels
 
-    def enable_memory_saving(self) -> None:
-        return
-
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
         return pixels, 0.0
 
@@ -172,9 +191,6 @@ class NoVae(Vae):
 
     def describe(self) -> str:
         return f"none (latents made beforehand, {self.factor} pixels each, {self.latent_channels} channels)"
-
-    def enable_memory_saving(self) -> None:
-        return
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | float]:
         raise ValueError("vae.model=none takes latents made by `lumina data encode`, not pixels; name an autoencoder")
@@ -242,9 +258,18 @@ class DiffusersVae(Vae):
             f"{precision})"
         )
 
-    def enable_memory_saving(self) -> None:
-        self._model.enable_slicing()
+    def enable_tiling(self) -> None:
         self._model.enable_tiling()
+
+    def enable_slicing(self) -> None:
+        self._model.enable_slicing()
+
+    def compute_on(self, device: torch.device) -> torch.nn.Module | None:
+        self._device = device
+        self._scale, self._shift = (
+            value.to(device) if isinstance(value, Tensor) else value for value in (self._scale, self._shift)
+        )
+        return self._model
 
     def _scale_and_shift(self, config: VaeConfig, settings: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
         scale: float | Tensor | None = config.scale

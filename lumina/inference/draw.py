@@ -1,139 +1,177 @@
 """`lumina sample`: prompts in, numbered files and samples.json out."""
 
 import argparse
-import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from lumina.inference.images import contact_sheet, save_sample
-from lumina.inference.pipeline import LuminaPipeline
+from lumina.inference.folder import SampleFolder
+from lumina.inference.form import Form
+from lumina.inference.pipeline import LuminaOutput, LuminaPipeline
 
-LARGEST_SHEET = 400
+if TYPE_CHECKING:
+    from lumina.parallel.apart import Apart
+
 LARGEST_SEED = 2**63
+LARGEST_BATCH = 16
+"""Unless --batch-size says otherwise."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to draw."""
+    """One sample to draw, and its place among all."""
 
+    number: int
     prompt: str
     seed: int
 
 
-def draw(arguments: argparse.Namespace) -> None:
+def draw(arguments: argparse.Namespace) -> int | None:
     """Draw what `lumina sample` was asked for; the folder is there when all of it is.
+
+    Where a launcher has started several processes, each draws a share of the batches.
+
+    Returns:
+        An exit code where another rank has failed, which says why.
 
     Raises:
         ValueError: for no prompt, an empty file of prompts, a folder that is not empty or cannot be written, a count
-            below 1, and whatever the pipeline refuses.
+            below 1, a form that samples do not have, and whatever the pipeline refuses.
     """
+    # Only here is asked for more than one process.
+    from lumina.parallel.apart import FailedElsewhere, apart
+
+    try:
+        with ExitStack() as afterwards, apart() as ranks:
+            folder = SampleFolder(Path(arguments.out))
+            afterwards.callback(folder.close)
+            _draw(folder, ranks, arguments)
+    except FailedElsewhere as other:
+        return other.code
+
+
+def _draw(folder: SampleFolder, ranks: "Apart", arguments: argparse.Namespace) -> None:
     jobs = _jobs(arguments)
-    out = Path(arguments.out)
-    _check_folder(out)
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    size = arguments.batch_size
+    if size is None:
+        size = min(LARGEST_BATCH, -(-len(jobs) // ranks.world.size))
+    if size < 1:
+        raise ValueError(f"--batch-size is {size}; it must be at least 1")
+    form = Form.of(arguments)
+    device = _device(arguments.device, ranks)
+    ranks.first(folder.make)
+    folder.check()
+    pipeline = _pipeline(arguments, device)
+    form = form.of_model(pipeline)
+    lengths = _lengths(arguments)
+    extrapolation = pipeline.extrapolation_for(form.height, form.width, form.frames, **lengths)
+    settings = _settings(arguments, pipeline, form) | {"batch_size": size} | asdict(extrapolation)
+    save = form.writer(pipeline.vae, device)
+
+    def call(batch: list[Job]) -> LuminaOutput:
+        return pipeline(
+            [job.prompt for job in batch],
+            form.height,
+            form.width,
+            form.frames,
+            arguments.steps,
+            arguments.guidance,
+            [torch.Generator().manual_seed(job.seed) for job in batch],
+            negative_prompt=arguments.negative_prompt,
+            channels=form.channels,
+            solver=arguments.solver,
+            guided_channels=arguments.guided_channels,
+            guidance_interval=tuple(arguments.guidance_interval),
+            callback=lambda *_: ranks.look(),
+            **lengths,
+        )
+
+    # Whole batches are shared out: with the same --batch-size the files are the same to the last bit under any number
+    # of ranks, for how numbers are rounded depends on what else is in a batch.
+    batches = ranks.share([jobs[first : first + size] for first in range(0, len(jobs), size)])
+    _draw_batches(batches, call, save, folder, ranks)
+    ranks.meet()
+    records = [
+        {"file": f"{job.number:06d}{form.suffix}", "prompt": job.prompt, "seed": job.seed, "settings": settings}
+        for job in jobs
+    ]
+
+    def finish() -> None:
+        folder.finish(records, arguments.count if arguments.count > 1 else min(len(jobs), 8))
+        print(f"{len(jobs)} samples in {folder.out}; all on one sheet: {folder.out / 'sheet.png'}")
+
+    ranks.first(finish)
+
+
+def _draw_batches(
+    batches: list[list[Job]],
+    call: Callable[[list[Job]], LuminaOutput],
+    save: Callable[..., None],
+    folder: SampleFolder,
+    ranks: "Apart",
+) -> None:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not (ranks.is_first and console.is_terminal)) as progress:
+        task = progress.add_task("drawing", total=sum(map(len, batches)))
+        for batch in batches:
+            output = call(batch)
+            for job, frames, latents in zip(batch, output.frames, output.latents, strict=True):
+                with folder.writing():
+                    save(frames, latents, folder.stem(job.number))
+                    folder.add_to_sheet(job.number, frames)
+            progress.advance(task, len(batch))
+            ranks.look()
+
+
+def _pipeline(arguments: argparse.Namespace, device: torch.device) -> LuminaPipeline:
+    if arguments.cpu_offload and device.type == "cpu":
+        raise ValueError("--cpu-offload is for sampling on a GPU; on the CPU all weights are there already")
+    name = arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")
     pipeline = LuminaPipeline.from_pretrained(
         arguments.model,
-        device=_device(arguments.device),
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[arguments.dtype],
+        device="cpu" if arguments.cpu_offload else device,
+        dtype=_DTYPES[name],
         weights=arguments.weights,
         text=arguments.text_encoder,
         vae=arguments.vae,
     )
-    extrapolation = pipeline.extrapolation_for(
-        arguments.height, arguments.width, arguments.frames, **_lengths(arguments)
-    )
-    settings = {
+    if arguments.cpu_offload:
+        pipeline.enable_model_cpu_offload(device)
+    if arguments.vae_tiling:
+        pipeline.enable_vae_tiling()
+    if arguments.vae_slicing:
+        pipeline.enable_vae_slicing()
+    return pipeline
+
+
+def _settings(arguments: argparse.Namespace, pipeline: LuminaPipeline, form: Form) -> dict[str, Any]:
+    """What drew the samples, but for what is chosen by their length."""
+    parameter = next(pipeline.model.parameters())
+    return {
         "model": arguments.model,
         "weights": arguments.weights,
         "text_encoder": arguments.text_encoder,
         "vae": arguments.vae,
-        "height": arguments.height,
-        "width": arguments.width,
-        "frames": arguments.frames,
-        "channels": arguments.channels,
+        "vae_tiling": arguments.vae_tiling,
+        "vae_slicing": arguments.vae_slicing,
+        "dtype": next(name for name, dtype in _DTYPES.items() if dtype == parameter.dtype),
+        "device": parameter.device.type,
         "steps": arguments.steps,
         "guidance": arguments.guidance,
         "negative_prompt": arguments.negative_prompt,
         "solver": arguments.solver,
         "guided_channels": arguments.guided_channels,
         "guidance_interval": list(arguments.guidance_interval),
-        **asdict(extrapolation),
+        **asdict(form),
     }
-    with _whole_folder(out) as folder:
-        _draw_into(folder, pipeline, jobs, settings, arguments)
-    print(f"{len(jobs)} samples in {out}; all on one sheet: {out / 'sheet.png'}")
-
-
-def _draw_into(
-    folder: Path, pipeline: LuminaPipeline, jobs: list[Job], settings: dict[str, Any], arguments: argparse.Namespace
-) -> None:
-    """The files of all jobs, samples.json and sheet.png."""
-    records, sheet = [], []
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("drawing", total=len(jobs))
-        for first in range(0, len(jobs), arguments.batch_size):
-            batch = jobs[first : first + arguments.batch_size]
-            output = pipeline(
-                [job.prompt for job in batch],
-                arguments.height,
-                arguments.width,
-                arguments.frames,
-                arguments.steps,
-                arguments.guidance,
-                [torch.Generator().manual_seed(job.seed) for job in batch],
-                negative_prompt=arguments.negative_prompt,
-                channels=arguments.channels,
-                solver=arguments.solver,
-                guided_channels=arguments.guided_channels,
-                guidance_interval=tuple(arguments.guidance_interval),
-                **_lengths(arguments),
-            )
-            for job, frames in zip(batch, output.frames, strict=True):
-                path = save_sample(frames, folder / f"{len(records):06d}")
-                records.append({"file": path.name, "prompt": job.prompt, "seed": job.seed, "settings": settings})
-                if len(sheet) < LARGEST_SHEET:
-                    sheet.append(frames[0])
-            progress.advance(task, len(batch))
-    (folder / "samples.json").write_text(json.dumps(records, indent=1, ensure_ascii=False))
-    columns = arguments.count if arguments.count > 1 else min(len(sheet), 8)
-    contact_sheet(sheet, columns).save(folder / "sheet.png")
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when all is written, and goes when something fails.
-
-    Raises:
-        ValueError: where the place beside `out` cannot be written.
-    """
-    partial = out.absolute().with_name(f".{out.name}.partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()  # it is empty
-        partial.rename(out)
-    except OSError as error:
-        raise OSError(f"the samples could not be written to {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _lengths(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -164,25 +202,34 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
         raise ValueError(
             f"--seed is {arguments.seed}; it must be at least 0 and below {LARGEST_SEED - len(repeated):,}"
         )
-    return [Job(prompt, arguments.seed + i) for i, prompt in enumerate(repeated)]
+    return [Job(number, prompt, arguments.seed + number) for number, prompt in enumerate(repeated)]
 
 
-def _check_folder(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not an empty folder; name a new one, so that nothing is overwritten")
-    nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {nearest} is no folder that you may write to")
+def _device(name: str | None, ranks: "Apart") -> torch.device:
+    """Of this rank: a GPU of its own unless `name` is another kind.
 
+    Raises:
+        ValueError: for a device that cannot be used here, or one GPU for several ranks.
+    """
+    from lumina.parallel.mesh import device_of
 
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no data")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    several = ranks.world.size > 1
+    if name is None and (several or not torch.cuda.is_available()):
+        device = device_of(ranks.world)
+    else:
+        try:
+            device = torch.device("cuda" if name is None else name)
+            if device.type == "meta":
+                raise RuntimeError("it holds no data")
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        if several and device.index is not None and device.type != "cpu":
+            raise ValueError(
+                f"--device {name} is one for {ranks.world.size} ranks; leave it out, and each takes a GPU of its own"
+            )
+        if several and device.type == "cuda":
+            device = device_of(ranks.world)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device

@@ -1,7 +1,6 @@
-"""Pixels as PIL images, single, animated and on a contact sheet."""
+"""Pixels as PIL images, and those on a contact sheet."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,17 +29,6 @@ def to_pixels(frames: Sequence[Image.Image], height: int, width: int, channels: 
     fitted = [ImageOps.fit(frame.convert("L" if channels == 1 else "RGB"), (width, height)) for frame in frames]
     values = np.stack([np.asarray(frame, dtype=np.float32) for frame in fitted]).reshape(-1, height, width, channels)
     return torch.from_numpy(values / 127.5 - 1).permute(0, 3, 1, 2)
-
-
-def save_sample(frames: Sequence[Image.Image], stem: Path) -> Path:
-    """Write `stem`.png, or `stem`.gif where there are several frames (8 a second)."""
-    if len(frames) == 1:
-        path = stem.with_suffix(".png")
-        frames[0].save(path)
-    else:
-        path = stem.with_suffix(".gif")
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0)
-    return path
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:

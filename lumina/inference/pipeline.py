@@ -23,6 +23,7 @@ from lumina.inference.conditions import Conditions, label_conditions, text_condi
 from lumina.inference.extrapolate import ExtrapolationSettings, longest_trained, settings_for
 from lumina.inference.guidance import DEFAULT_GUIDANCE, Guidance, network
 from lumina.inference.images import to_images, to_pixels
+from lumina.inference.memory import MemorySaving
 from lumina.inference.style import Style, known_sample
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
@@ -47,7 +48,7 @@ class LuminaOutput:
         return [frames[0] for frames in self.frames]
 
 
-class LuminaPipeline:
+class LuminaPipeline(MemorySaving):
     """A trained Flag-DiT with the encoders and the flow it was trained with."""
 
     def __init__(

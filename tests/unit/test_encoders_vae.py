@@ -63,7 +63,6 @@ def test_identity_is_the_pixels():
     assert torch.equal(vae.decode(pixels), pixels)
     assert torch.equal(vae.decode(pixels * 3), (pixels * 3).clamp(-1, 1))
     assert "identity" in vae.describe()
-    vae.enable_memory_saving()
 
 
 def test_identity_honours_scale_shift_and_precision():
@@ -167,9 +166,8 @@ def test_pipeline_folder(saved, tmp_path, images):
 def test_memory_saving(saved):
     folder, _ = saved
     vae = build(folder)
-    vae.enable_memory_saving()
-    assert vae._model.use_slicing
-    assert vae._model.use_tiling
+    vae.enable_tiling()
+    vae.enable_slicing()
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1  # one tile: the same numbers
     torch.testing.assert_close(vae.encode(pixels, None), build(folder).encode(pixels, None))
     assert vae.decode(vae.encode(torch.zeros(1, 3, 48, 32), None)).shape == (1, 3, 48, 32)
