@@ -16,7 +16,7 @@ from lumina.cli_data import add_data
 from lumina.cli_doctor import add_doctor
 from lumina.cli_launch import add_launch
 from lumina.cli_plan import add_plan
-from lumina.cli_sampling import add_memory, add_sampling, add_sizes
+from lumina.cli_sampling import add_composition, add_memory, add_sampling, add_sizes
 from lumina.config.exits import BAD_INPUT as EXIT_BAD_INPUT
 from lumina.config.exits import DONE as EXIT_DONE
 from lumina.config.exits import FAILED as EXIT_FAILED
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--solver", default="euler", help="euler (default), midpoint, heun, rk4, dopri5, dopri8, …")
     add_sizes(sample)
     add_sampling(sample)
+    add_composition(sample)
     add_memory(sample)
     sample.add_argument("--seed", type=int, default=0, help="of the first sample; the next have the next (default 0)")
     sample.add_argument(

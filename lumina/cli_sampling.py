@@ -1,4 +1,4 @@
-"""Options of `lumina sample` for sizes and files, guidance, lengths that were not trained on, and memory."""
+"""Options of `lumina sample`: sizes and files, guidance, composition, lengths that were not trained on, memory."""
 
 import argparse
 
@@ -22,6 +22,23 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument(
         "--vocoder", metavar="DIR", help="a HiFi-GAN folder that makes the sound (default: Griffin and Lim's algorithm)"
     )
+
+
+def add_composition(parser: argparse.ArgumentParser) -> None:
+    """Add those for captions on regions and for one style of all samples."""
+    parts = parser.add_argument_group("composition and style")
+    parts.add_argument(
+        "--region",
+        nargs=5,
+        action="append",
+        default=[],
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM", "TEXT"),
+        help="caption of a box, its sides as shares of the width and height from 0 to 1; may be given many times "
+        "(--prompt is then for the rest)",
+    )
+    parts.add_argument("--share-style", action="store_true", help="all samples take the style of the first")
+    parts.add_argument("--style-of", metavar="PICTURE", help="all samples take the style of a picture")
+    parts.add_argument("--style-prompt", default="", metavar="TEXT", help="what the picture of --style-of shows")
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:

@@ -23,10 +23,10 @@ class Region:
     """
 
     prompt: str
-    left: float
-    top: float
-    right: float
-    bottom: float
+    left: int | float
+    top: int | float
+    right: int | float
+    bottom: int | float
 
     def __post_init__(self):
         box = (self.left, self.top, self.right, self.bottom)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from lumina.inference.compose import Region
 from lumina.inference.folder import SampleFolder
 from lumina.inference.form import Form
 from lumina.inference.pipeline import LuminaOutput, LuminaPipeline
+from lumina.inference.reading import read_frames
+from lumina.inference.style import Style
 
 if TYPE_CHECKING:
     from lumina.parallel.apart import Apart
@@ -66,6 +69,7 @@ def _draw(folder: SampleFolder, ranks: "Apart", arguments: argparse.Namespace) -
     if size < 1:
         raise ValueError(f"--batch-size is {size}; it must be at least 1")
     form = Form.of(arguments)
+    regions, style = _regions(arguments), _style(arguments)
     device = _device(arguments.device, ranks)
     ranks.first(folder.make)
     folder.check()
@@ -77,7 +81,10 @@ def _draw(folder: SampleFolder, ranks: "Apart", arguments: argparse.Namespace) -
     save = form.writer(pipeline.vae, device)
 
     def call(batch: list[Job]) -> LuminaOutput:
-        return pipeline(
+        # The first sample of all leads in every batch, so that style does not depend on how jobs are shared out.
+        led = arguments.share_style and batch[0] is not jobs[0]
+        batch = [jobs[0], *batch] if led else batch
+        output = pipeline(
             [job.prompt for job in batch],
             form.height,
             form.width,
@@ -90,9 +97,12 @@ def _draw(folder: SampleFolder, ranks: "Apart", arguments: argparse.Namespace) -
             solver=arguments.solver,
             guided_channels=arguments.guided_channels,
             guidance_interval=tuple(arguments.guidance_interval),
+            regions=regions,
+            style=style,
             callback=lambda *_: ranks.look(),
             **lengths,
         )
+        return replace(output, frames=output.frames[1:], latents=output.latents[1:]) if led else output
 
     # Whole batches are shared out: with the same --batch-size the files are the same to the last bit under any number
     # of ranks, for how numbers are rounded depends on what else is in a batch.
@@ -129,6 +139,32 @@ def _draw_batches(
                     folder.add_to_sheet(job.number, frames)
             progress.advance(task, len(batch))
             ranks.look()
+
+
+def _regions(arguments: argparse.Namespace) -> list[Region]:
+    regions = []
+    for *box, text in arguments.region:
+        try:
+            left, top, right, bottom = map(float, box)
+        except ValueError as error:
+            raise ValueError(
+                f"--region {' '.join(box)} {text!r}: LEFT TOP RIGHT BOTTOM are four numbers from 0 to 1, then TEXT"
+            ) from error
+        regions.append(Region(text, left, top, right, bottom))
+    return regions
+
+
+def _style(arguments: argparse.Namespace) -> Style | None:
+    if arguments.style_of is None:
+        if arguments.style_prompt:
+            raise ValueError("--style-prompt says what the picture of --style-of shows; give that, too")
+        return Style() if arguments.share_style else None
+    if arguments.share_style:
+        raise ValueError("give --style-of or --share-style, not both: samples take their style from one of the two")
+    frames = read_frames(arguments.style_of)
+    if len(frames) > 1:
+        raise ValueError(f"--style-of {arguments.style_of} has {len(frames)} frames; give a single picture")
+    return Style(frames[0], arguments.style_prompt)
 
 
 def _pipeline(arguments: argparse.Namespace, device: torch.device) -> LuminaPipeline:
@@ -170,6 +206,10 @@ def _settings(arguments: argparse.Namespace, pipeline: LuminaPipeline, form: For
         "solver": arguments.solver,
         "guided_channels": arguments.guided_channels,
         "guidance_interval": list(arguments.guidance_interval),
+        "regions": arguments.region,
+        "share_style": arguments.share_style,
+        "style_of": arguments.style_of,
+        "style_prompt": arguments.style_prompt,
         **asdict(form),
     }
 
@@ -193,6 +233,8 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
         if not from_file:
             raise ValueError(f"--prompts-file {path} is empty; write a prompt on each line")
         prompts += from_file
+    if not prompts and arguments.region:
+        prompts = [""]  # all that is asked for is in the regions
     if not prompts:
         raise ValueError("there is nothing to draw; give --prompt TEXT or --prompts-file F")
     if arguments.count < 1:
