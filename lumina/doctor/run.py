@@ -247,7 +247,9 @@ def _initial(config: Config, sizes: FlagDiTConfig) -> Check:
         if kind is None:
             raise ValueError(f"train.init_from={start} has no weights")
         shapes = {name: stored.shape for name, stored in source.tensors[kind].items()}
-        drawn, left = drawn_and_left(meta_model(sizes), shapes, config.train.allow_missing, start)
+        drawn, left = drawn_and_left(
+            meta_model(sizes), shapes, config.train.allow_missing, start, new_text_branch=config.train.new_text_branch
+        )
     except (ValueError, OSError) as error:
         return Check(
             "checkpoint", FAIL, str(error), "correct train.init_from, the model's sizes, or train.allow_missing"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
-from lumina.checkpoint.sources import PUBLIC_VAE, public_trained
+from lumina.checkpoint.sources import PUBLIC_VAE, public_trained, source_of
 from lumina.config.schema import FlowConfig, TextConfig, TrainedConfig, VaeConfig
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
@@ -352,5 +352,7 @@ def _open(directory: Path, weights: str) -> Opened:
 def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> Opened:
     config = checkpoint.config
     kind = EMA if weights == "ema" else WEIGHTS
-    model = build(model_config(config), checkpoint.state_dict(kind), str(checkpoint.directory))
+    source = source_of(checkpoint)  # which merges adapters, where the run trained those
+    state = {name: source.read(kind, name) for name in source.tensors.get(kind, {})}
+    model = build(model_config(config), state, str(checkpoint.directory))
     return model, config.flow, config.text, config.vae, config.data.trained_by(checkpoint.manifest.step)

@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 # DeepSpeed announces its accelerator and every setting on import and initialisation.
@@ -47,11 +47,23 @@ class StepOutcome:
 class Engine:
     """A Flag-DiT trained by DeepSpeed under any layout: `accumulate` gradients over packs, then `step`."""
 
-    def __init__(self, model: FlagDiT, config: Config, mesh: Mesh, accumulation_steps: int):
-        """`model` holds the fp32 weights to start from, the same on every rank; it is taken over."""
+    def __init__(
+        self,
+        model: FlagDiT,
+        config: Config,
+        mesh: Mesh,
+        accumulation_steps: int,
+        kept_elsewhere: Collection[str] = (),
+    ):
+        """
+        Args:
+            model: holds the fp32 weights to start from, the same on every rank; it is taken over.
+            kept_elsewhere: parameters, not trained, that nobody will ask `frozen` for.
+        """
         self.mesh, parallel = mesh, config.parallel
         self._accumulation_steps = accumulation_steps
-        self.frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad and n not in kept_elsewhere}
+        self.frozen = {name: parameter.detach().clone() for name, parameter in frozen.items()}
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         stage, parts = stage_of(model, parallel, mesh)
         trained = [
