@@ -9,7 +9,7 @@ import torch
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, WEIGHTS
-from lumina.checkpoint.sources import open_source
+from lumina.checkpoint.sources import open_source, source_of
 from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.data.find import MissingShard, look_for_shards
@@ -19,6 +19,7 @@ from lumina.data.sources import LocalSource, Source
 from lumina.doctor.check import FAIL, OK, WARNING, Check, listed
 from lumina.encoders.vae import build_vae
 from lumina.model.config import FlagDiTConfig
+from lumina.model.lora import adapted_layers
 from lumina.model.pretrained import check_fit
 from lumina.parallel.layout import check_layout
 from lumina.planner.memory import MemoryPlan, largest, meta_model, plan_memory
@@ -221,7 +222,7 @@ def check_checkpoint(config: Config, sizes: FlagDiTConfig) -> Check:
         if checkpoint is None:
             return _initial(config, sizes)
         check_same_run(config, checkpoint)
-        shapes = {name: checkpoint.shape(WEIGHTS, name) for name in checkpoint.names(WEIGHTS)}
+        shapes = {name: stored.shape for name, stored in source_of(checkpoint).tensors[WEIGHTS].items()}
         expected = {name: tuple(p.shape) for name, p in meta_model(sizes).named_parameters()}
         check_fit(expected, shapes, str(checkpoint.directory))
         wrong = _incomplete(checkpoint)
@@ -240,6 +241,8 @@ def _initial(config: Config, sizes: FlagDiTConfig) -> Check:
     if start is None:
         return Check("checkpoint", OK, f"none in {config.run.dir}: the run starts from the beginning")
     try:
+        if config.lora is not None:
+            adapted_layers(meta_model(sizes), config.lora.target_modules)
         source = open_source(Path(start), sizes)
         check_variants(source.model, sizes, start)
         kinds = [{"model": WEIGHTS, "ema": EMA}[config.train.init_weights], WEIGHTS, EMA]
@@ -252,7 +255,7 @@ def _initial(config: Config, sizes: FlagDiTConfig) -> Check:
         )
     except (ValueError, OSError) as error:
         return Check(
-            "checkpoint", FAIL, str(error), "correct train.init_from, the model's sizes, or train.allow_missing"
+            "checkpoint", FAIL, str(error), "correct what the sentence names: train.init_from, the model's sizes, …"
         )
     more = f"; drawn anew: {len(drawn)}, left out: {len(left)}" if drawn or left else ""
     return Check("checkpoint", OK, f"none in {config.run.dir}: the run starts from {start}{more}")

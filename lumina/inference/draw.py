@@ -42,6 +42,8 @@ def draw(arguments: argparse.Namespace) -> None:
     _check_folder(out)
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    if arguments.lora is None and arguments.lora_scale is not None:
+        raise ValueError(f"--lora-scale {arguments.lora_scale} is of an adapter; name it by --lora DIR")
     pipeline = LuminaPipeline.from_pretrained(
         arguments.model,
         device=_device(arguments.device),
@@ -50,6 +52,9 @@ def draw(arguments: argparse.Namespace) -> None:
         text=arguments.text_encoder,
         vae=arguments.vae,
     )
+    lora_scale = 1.0 if arguments.lora_scale is None else arguments.lora_scale
+    if arguments.lora is not None:
+        pipeline.load_lora(arguments.lora, lora_scale)
     extrapolation = pipeline.extrapolation_for(
         arguments.height, arguments.width, arguments.frames, **_lengths(arguments)
     )
@@ -58,6 +63,7 @@ def draw(arguments: argparse.Namespace) -> None:
         "weights": arguments.weights,
         "text_encoder": arguments.text_encoder,
         "vae": arguments.vae,
+        **({} if arguments.lora is None else {"lora": arguments.lora, "lora_scale": lora_scale}),
         "height": arguments.height,
         "width": arguments.width,
         "frames": arguments.frames,

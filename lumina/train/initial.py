@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lumina.checkpoint.load import Checkpoint
 from lumina.checkpoint.manifest import EMA, WEIGHTS
 from lumina.checkpoint.sources import open_source
 from lumina.config.schema import TrainConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
-from lumina.model.pretrained import check_recorded, listed, misfits
+from lumina.model.pretrained import check_fit, check_recorded, listed, misfits
 from lumina.parallel.fragments import Fragment
 
 
@@ -152,3 +153,17 @@ def _why(ours: FlagDiTConfig, found: dict[str, tuple[int, ...]]) -> str:
             "x_embedder.weight and final_layer.linear.* would be drawn. "
         )
     return said
+
+
+def unfilled_model(config: FlagDiTConfig, checkpoint: Checkpoint) -> FlagDiT:
+    """A model for the engine to cut; what is trained is read after that, by each rank its own part."""
+    with torch.device("meta"):
+        model = FlagDiT(config)
+    saved = {name: checkpoint.shape(WEIGHTS, name) for name in checkpoint.names(WEIGHTS)}
+    check_fit({name: tuple(p.shape) for name, p in model.named_parameters()}, saved, str(checkpoint.directory))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(checkpoint.read(WEIGHTS, name).view_as(parameter))
+    return model

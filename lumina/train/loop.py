@@ -22,7 +22,6 @@ from lumina.data.plan import DataState
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import Flops, forward_flops
-from lumina.model.pretrained import check_fit
 from lumina.parallel.activity import Phase
 from lumina.parallel.engine import Engine, StepOutcome
 from lumina.parallel.layout import check_layout, describe
@@ -34,7 +33,7 @@ from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.feed import Feed
 from lumina.train.health import Health
-from lumina.train.initial import Start
+from lumina.train.initial import Start, unfilled_model
 from lumina.train.lora import Lora
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
@@ -147,7 +146,7 @@ class Trainer:
             self._notes += self.lora.said
             return model, None
         if checkpoint is not None:
-            return _unfilled_model(self.parts.model, checkpoint), None
+            return unfilled_model(self.parts.model, checkpoint), None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
             model = FlagDiT(self.parts.model)
@@ -389,17 +388,3 @@ class Trainer:
         if not self.mesh.is_first:
             return None
         return self.lora.whole(weights) if self.lora else weights
-
-
-def _unfilled_model(config: FlagDiTConfig, checkpoint: Checkpoint) -> FlagDiT:
-    """A model for the engine to cut; what is trained is read after that, by each rank its own part."""
-    with torch.device("meta"):
-        model = FlagDiT(config)
-    saved = {name: checkpoint.shape(WEIGHTS, name) for name in checkpoint.names(WEIGHTS)}
-    check_fit({name: tuple(p.shape) for name, p in model.named_parameters()}, saved, str(checkpoint.directory))
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                parameter.copy_(checkpoint.read(WEIGHTS, name).view_as(parameter))
-    return model
