@@ -273,8 +273,8 @@ def _to_peft(request: Request, source: AdaptedSource, config: Config | None) -> 
         raise ValueError(f"{source.path} has no adapters: --to peft is of runs with lora")
     if of.whole:
         raise ValueError(
-            f"{source.path} trained {', '.join(of.whole)} beside its adapters, for which peft's format has no room; "
-            "--to inference merges all of it into one model"
+            f"{source.path} has {len(of.whole)} tensors beside its adapters and their base, as {of.whole[0]}, for "
+            "which peft's format has no room; --to inference merges all of it into one model"
         )
     if config is not None or source.dropped:
         raise ValueError("--to peft takes neither --config nor --drop: it writes the adapters as they are")

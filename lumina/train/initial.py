@@ -57,7 +57,7 @@ class Start:
         if train.new_text_branch:
             branch = [name for name in drawn if _reads_captions(name)]
             drawn = [name for name in drawn if name not in branch]
-            self.said.append(f"the text branch starts anew, its gates at zero: {', '.join(branch)}")
+            self.said.append(f"the text branch starts anew, its gates at zero: {named(branch)}")
         self.said += [f"drawn anew, as train.allow_missing lets it: {', '.join(drawn)}"] if drawn else []
         self.said += [f"left out, as train.allow_missing lets it: {', '.join(left)}"] if left else []
 
@@ -81,6 +81,11 @@ _TEXT_BRANCH = (
 
 def _reads_captions(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in (*_TEXT_BRANCH, "cap_embedder.1.bias"))
+
+
+def named(names: Sequence[str]) -> str:
+    """In a sentence, the first of many."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def check_variants(theirs: FlagDiTConfig, ours: FlagDiTConfig, source: str) -> None:

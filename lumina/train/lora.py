@@ -18,7 +18,7 @@ from lumina.model.flag_dit import FlagDiT
 from lumina.model.lora import adapted_layers
 from lumina.model.pretrained import check_fit
 from lumina.parallel.activity import Activity, Phase
-from lumina.train.initial import Start
+from lumina.train.initial import Start, named
 
 
 class Lora:
@@ -41,7 +41,7 @@ class Lora:
         self.layers = [layer for layer in targets if f"{layer}.weight" not in anew]
         if not self.layers:
             raise ValueError(
-                f"lora.target_modules: {', '.join(targets[:8])} start anew and are trained themselves, and no other "
+                f"lora.target_modules: {named(targets)} start anew and are trained themselves, and no other "
                 "layer is left for adapters; name others"
             )
         trains = [name for name, parameter in model.named_parameters() if name in anew and parameter.requires_grad]
@@ -59,7 +59,7 @@ class Lora:
         adapters = sum(p.numel() for n, p in parameters.items() if is_adapter(n))
         self.said = [
             f"LoRA of rank {config.lora.rank} beside {len(self.layers)} layers: {adapters:,} parameters are trained"
-            + (f", and all of {', '.join(trains)}, which start anew" if trains else "")
+            + (f"; and all of {named(trains)}, which start anew" if trains else "")
         ]
 
     @staticmethod

@@ -20,6 +20,7 @@ from lumina.inference.images import contact_sheet
 from lumina.inference.pipeline import LuminaPipeline
 from lumina.model.flag_dit import FlagDiT
 from tests.parallel.runs import metrics_of, tensors_of, tiny_config, train_on, train_tree
+from tests.unit.finetuning import batches, loss_of
 
 RANK, ALPHA, STEPS, HALF = 3, 6, 4, 2
 # A plain loop adds up in another order.
@@ -109,22 +110,9 @@ class Plain(nn.Module):
 
 def test_training_is_that_of_a_plain_loop(tmp_path, digits, first, tuned):
     """peft, DeepSpeed and our engine, beside twenty lines of torch on the same packs."""
-    from lumina.parallel.mesh import close_mesh, open_mesh
-    from lumina.train.loop import Trainer
-    from lumina.train.stop import StopSignals
-
-    config = validate(lora_config(tmp_path / "unused", digits, first), "test")
-    mesh = open_mesh(config.parallel)
-    trainer = Trainer(config, model_config(config), mesh, StopSignals())
-    drawn = {f.name: f.master.clone().view(f.shape) for f in trainer.engine.fragments}
-    steps = iter(trainer.feed)
-    data = [next(steps) for _ in range(STEPS)]
-    steps.close()
-    trainer.saver.close()
-    trainer.engine.close()
-    close_mesh(mesh)
-
-    model = FlagDiT(model_config(config))
+    tree = lora_config(tmp_path / "unused", digits, first)
+    data, objective, drawn = batches(tree, STEPS)
+    model = FlagDiT(model_config(validate(tree, "test")))
     model.load_state_dict(weights_of(first))
     model.requires_grad_(False)
     for layer in LAYERS:
@@ -135,14 +123,8 @@ def test_training_is_that_of_a_plain_loop(tmp_path, digits, first, tuned):
         setattr(model.get_submodule(parent), leaf, Plain(model.get_submodule(layer).weight.detach(), a))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-5, weight_decay=0.0)
-    objective, lines = trainer.parts.objective, metrics_of(tuned)
-    for line, step in zip(lines, data, strict=True):
-        loss = 0.0
-        for pack in step.packs:
-            noised = objective.corrupt(pack.data, pack.noise, pack.t_of_token)
-            out = model.forward_packed(noised, pack.t, pack.stretch.tokens, pack.captions)
-            errors = objective.squared_error(out, pack.data, pack.noise, pack.t_of_token)
-            loss = loss + pack.per_sample(errors).sum() / step.global_samples
+    for line, batch in zip(metrics_of(tuned), data, strict=True):
+        loss = loss_of(model, objective, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 2.0)
@@ -293,7 +275,7 @@ def test_what_starts_anew_is_trained_itself(tmp_path, digits, first, capsys):
     tree = lora_config(tmp_path / "run", digits, first, train__new_text_branch=True)
     tree["model"], tree["text"] = tree["model"] | {"cap_feat_dim": 24}, tree["text"] | {"width": 24}
     train_tree(0, tree)
-    assert "layers: 1,920 parameters are trained, and all of cap_embedder.0.weight" in capsys.readouterr().err
+    assert "layers: 1,920 parameters are trained; and all of cap_embedder.0.weight" in capsys.readouterr().err
     found, base = weights_of(tmp_path / "run"), load_file(tmp_path / "run" / "base" / "model.safetensors")
     anew = {name for name in found if ".lora_" not in name}
     branch = ("attention_y_norm.weight", "attention.wk_y.weight", "attention.wv_y.weight", "attention.gate",
@@ -309,7 +291,7 @@ def test_what_starts_anew_is_trained_itself(tmp_path, digits, first, capsys):
     train_tree(0, tree)
     assert metrics_of(tmp_path / "run")[-1]["step"] == STEPS + 1
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "adapter"), "--to", "peft"]) == 2
-    assert "beside its adapters, for which peft's format has no room; --to inference merges" in capsys.readouterr().err
+    assert "for which peft's format has no room; --to inference merges" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_the_merged_weights(tmp_path, digits, tuned):
