@@ -22,7 +22,7 @@ from lumina.model.config import FlagDiTConfig
 from lumina.model.lora import adapted_layers
 from lumina.model.pretrained import check_fit
 from lumina.parallel.layout import check_layout
-from lumina.planner.memory import MemoryPlan, largest, meta_model, plan_memory
+from lumina.planner.memory import MemoryPlan, largest, meta_model, plan_memory, trained_elements
 from lumina.train.assemble import check_conditions, plan_of, sets_of, sizing_of
 from lumina.train.initial import check_variants, drawn_and_left
 from lumina.train.resume import check_same_run
@@ -45,8 +45,8 @@ class Run:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights, average and two moments, fp32."""
-        return 4 * 4 * self.parameters
+        """Weights, average and two moments, fp32; of a run with `lora` those of its adapters."""
+        return 4 * 4 * (trained_elements(self.config, self.sizes) if self.config.lora else self.parameters)
 
 
 def open_run(path: str, overrides: Sequence[str]) -> Run:
@@ -55,6 +55,8 @@ def open_run(path: str, overrides: Sequence[str]) -> Run:
     try:
         run.config = load_config(path, overrides)
         run.sizes = model_config(run.config)
+        if run.config.lora is not None:
+            adapted_layers(meta_model(run.sizes), run.config.lora.target_modules)
     except ValueError as error:
         run.config = None
         run.checks.append(Check("configuration", FAIL, str(error), f"correct {path}, or the key=value after it"))
@@ -241,8 +243,6 @@ def _initial(config: Config, sizes: FlagDiTConfig) -> Check:
     if start is None:
         return Check("checkpoint", OK, f"none in {config.run.dir}: the run starts from the beginning")
     try:
-        if config.lora is not None:
-            adapted_layers(meta_model(sizes), config.lora.target_modules)
         source = open_source(Path(start), sizes)
         check_variants(source.model, sizes, start)
         kinds = [{"model": WEIGHTS, "ema": EMA}[config.train.init_weights], WEIGHTS, EMA]

@@ -107,6 +107,13 @@ def stage_parameters(sizes: FlagDiTConfig, tensor: int, pipeline: int) -> tuple[
     return tuple(found)
 
 
+def trained_elements(config: Config, sizes: FlagDiTConfig) -> int:
+    """Of all ranks together: of a run with `lora` those of its adapters."""
+    if config.lora is None:
+        return stage_parameters(sizes, 1, 1)[0].elements
+    return _stages(config, sizes)[0].elements
+
+
 def _stages(config: Config, sizes: FlagDiTConfig) -> tuple[StageParameters, ...]:
     lora, parallel = config.lora, config.parallel
     if lora is None:

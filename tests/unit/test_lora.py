@@ -331,6 +331,16 @@ def test_what_is_refused(tmp_path, digits, first, capsys, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_doctor_counts_adapters(tmp_path, digits, first, capsys):
+    path = write(tmp_path, lora_config(tmp_path / "run", digits, first))
+    assert main(["doctor", path, "lora.rank=3000", "lora.alpha=null"]) == 0
+    # Weights, average and two moments, fp32, of so many elements.
+    trained = 2 * 3000 * (6 * (16 + 16) + 3 * (16 + 48))
+    assert f"a checkpoint takes {16 * trained / 1e6:.1f} MB" in " ".join(capsys.readouterr().out.split())
+    assert main(["doctor", path, "lora.target_modules=[wqq]"]) == 1
+    assert "no layer is called wqq; did you mean wq?" in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_peft(tmp_path, digits, first, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["train", write(tmp_path, lora_config(tmp_path / "run", digits, first))]) == 2
