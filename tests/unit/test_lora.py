@@ -19,8 +19,9 @@ from lumina.config.load import validate
 from lumina.inference.images import contact_sheet
 from lumina.inference.pipeline import LuminaPipeline
 from lumina.model.flag_dit import FlagDiT
+from lumina.train.bits import Watch
 from tests.parallel.runs import metrics_of, tensors_of, tiny_config, train_on, train_tree
-from tests.unit.finetuning import batches, loss_of
+from tests.unit.finetuning import batches, loss_of, opened
 
 RANK, ALPHA, STEPS, HALF = 3, 6, 4, 2
 # A plain loop adds up in another order.
@@ -232,8 +233,11 @@ def test_a_resume_is_the_unbroken_run_to_the_last_bit(tmp_path, digits, tuned):
 
 @pytest.mark.slow
 def test_under_any_layout(tmp_path, digits, first, tuned):
-    """Two ranks, every ZeRO stage, a ring; and what one rank began two go on with."""
-    layouts = [{"zero_stage": stage} for stage in range(4)] + [{"ring": 2, "zero_stage": 1}]
+    """Two ranks, every ZeRO stage, a ring, Ulysses; and what one rank began two go on with."""
+    layouts = [{"zero_stage": stage} for stage in range(4)] + [
+        {"ring": 2, "zero_stage": 1},
+        {"ulysses": 2, "zero_stage": 2, "offload_optimizer": True, "recompute": "selective"},
+    ]
     trees = [lora_config(tmp_path / str(i), digits, first, parallel=how) for i, how in enumerate(layouts)]
     half_way(tuned, tmp_path / "resumed")
     trees.append(lora_config(tmp_path / "resumed", digits, first, parallel={"zero_stage": 3, "recompute": "full"}))
@@ -248,6 +252,19 @@ def test_under_any_layout(tmp_path, digits, first, tuned):
         for name, value in expected.items():
             assert torch.allclose(found[name], value, **CLOSE), (run_dir.name, name)
     assert [line["loss"] for line in metrics_of(tmp_path / "bf16")] == pytest.approx(losses, rel=2e-2)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_frozen_weights_are_watched(tmp_path, digits, first, zero):
+    """No optimizer would ever write over a bit that flips there."""
+    with opened(lora_config(tmp_path / "run", digits, first, parallel__zero_stage=zero)) as trainer:
+        watch = Watch(trainer.engine.held, every=1)
+        watch.seal()
+        assert watch.changed() == []
+        name = "layers.1.feed_forward.w2.base_layer.weight"
+        (held,) = [one for one in trainer.engine.held() if one.name == name]
+        held.values.view(torch.int32)[5] ^= 1 << 20
+        assert [(one.kind, one.name) for one in watch.changed()] == [("frozen", name)]
 
 
 def test_chosen_layers(tmp_path, digits, first):
