@@ -104,6 +104,9 @@ def test_captions_of_another_encoder_of_the_same_width(tmp_path, digits, public)
     assert not torch.allclose(
         found["master/layers.1.attention.wk_y.weight"], given["layers.1.attention.wk_y.weight"], atol=0.1
     )
+    assert found["master/cap_embedder.1.weight"].abs().max() < 1e-20
+    assert torch.allclose(found["master/cap_embedder.0.weight"], torch.ones(16))
+    assert torch.allclose(found["master/layers.0.attention_y_norm.weight"], torch.ones(16))
     assert torch.allclose(found["master/cap_embedder.1.bias"], given["cap_embedder.1.bias"], rtol=0, atol=1e-7)
 
 

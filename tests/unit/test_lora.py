@@ -19,6 +19,7 @@ from lumina.config.load import validate
 from lumina.inference.images import contact_sheet
 from lumina.inference.pipeline import LuminaPipeline
 from lumina.model.flag_dit import FlagDiT
+from lumina.model.flops import forward_flops
 from lumina.train.bits import Watch
 from tests.parallel.runs import metrics_of, tensors_of, tiny_config, train_on, train_tree
 from tests.unit.finetuning import batches, loss_of, opened
@@ -132,6 +133,10 @@ def test_training_is_that_of_a_plain_loop(tmp_path, digits, first, tuned):
         optimizer.step()
         assert float(loss.detach()) == pytest.approx(line["loss"], rel=1e-6)
         assert float(norm) == pytest.approx(line["grad_norm"], rel=1e-5)
+        passes = [forward_flops(model.config, p.stretch.tokens.lengths, p.captions.lengths) for p in batch.packs]
+        # The backward pass of a product with a frozen weight is one product, that of attention two.
+        flops = sum(2 * one.gemm + 3 * one.attention for one in passes)
+        assert line["tflops_per_device"] * line["seconds"] * 1e12 == pytest.approx(flops, rel=1e-9)
     found = weights_of(tuned)
     for layer in LAYERS:
         a, b = pair_names(layer)
@@ -356,6 +361,11 @@ def test_the_doctor_counts_adapters(tmp_path, digits, first, capsys):
     assert f"a checkpoint takes {16 * trained / 1e6:.1f} MB" in " ".join(capsys.readouterr().out.split())
     assert main(["doctor", path, "lora.target_modules=[wqq]"]) == 1
     assert "no layer is called wqq; did you mean wq?" in " ".join(capsys.readouterr().out.split())
+
+
+def test_throughput_is_of_all_weights(capsys):
+    assert main(["benchmark", "throughput", "--model", "600m", "train.init_from=x", "lora.rank=2"]) == 2
+    assert "what is measured is the training of all weights: leave lora out" in capsys.readouterr().err
 
 
 def test_without_peft(tmp_path, digits, first, capsys, monkeypatch):
