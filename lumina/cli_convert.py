@@ -11,17 +11,19 @@ def add_convert(verbs: argparse._SubParsersAction) -> None:
         "convert",
         help="make a model folder of another layout, and prove that it is the same model",
         description="Read SRC (a run, a checkpoint, an inference folder, a public Lumina-T2I folder or a DeepSpeed "
-        "checkpoint) and write DST: an inference folder, a public folder, or a run that training goes on from. The "
-        "result is compared with SRC, block by block, before DST is there.",
+        "checkpoint) and write DST: an inference folder, a public folder, a run that training goes on from or, of a "
+        "run with lora, the adapters alone, as peft keeps them. The result is compared with SRC, block by block, "
+        "before DST is there.",
         example="lumina convert runs/digits digits-inference --to inference --dtype bf16",
     )
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("destination", metavar="DST", help="a new or empty folder")
-    convert.add_argument("--to", required=True, choices=("inference", "upstream", "training"))
+    convert.add_argument("--to", required=True, choices=("inference", "upstream", "training", "peft"))
     convert.add_argument(
         "--weights",
         choices=("ema", "model"),
-        help="of inference the averaged ones where there are any, of upstream both unless told; not of training",
+        help="of inference and peft the averaged ones where there are any, of upstream both unless told; not of "
+        "training",
     )
     convert.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="(default: as in SRC; training is fp32)")
     convert.add_argument("--shard-size", metavar="BYTES", help="of inference: a file at most, as 500MB (default 5GB)")

@@ -115,6 +115,8 @@ def configured(point: Point, world_size: int) -> tuple[Config, FlagDiTConfig]:
     conditions = {"cap_feat_dim": 4096} if point.text_tokens else {"num_classes": 1000}
     tree = settings(point.model, conditions, point.dtype)
     config = with_overrides(tree, [*layout_settings(point.layout), *point.overrides], "benchmark")
+    if config.lora is not None:
+        raise ValueError("what is measured is the training of all weights: leave lora out")
     sizes = FlagDiTConfig.from_dict(config.model)
     if sizes.text_conditional != bool(point.text_tokens):
         raise ValueError("--text-tokens 0 measures a label-conditional model: set model.num_classes, or give some")

@@ -32,7 +32,7 @@ class AdaptedSource(Source):
                 unexpected or of another shape, listing them.
         """
         super().__init__()
-        self._source, self._sizes = source, sizes
+        self.original, self._sizes = source, sizes
         for fact in ("format", "path", "config", "settings", "step", "optimizer_steps"):
             setattr(self, fact, getattr(source, fact))
         self.data, self.training, self.software = source.data, source.training, source.software
@@ -64,15 +64,15 @@ class AdaptedSource(Source):
         return [kind for kind in (WEIGHTS, EMA) if kind in self.tensors]
 
     def read(self, kind: str, name: str) -> Tensor:
-        if name in self.initialised and name not in self._source.tensors[kind]:
+        if name in self.initialised and name not in self.original.tensors[kind]:
             return torch.zeros(self.model.dim) if kind in MOMENTS else new_nextframe_token(self.model.dim)
-        return self._source.read(kind, name)
+        return self.original.read(kind, name)
 
     def files(self) -> list:
-        return self._source.files()
+        return self.original.files()
 
     def check_files(self) -> dict[str, FileEntry]:
-        return self._source.check_files()
+        return self.original.check_files()
 
     def _settled(self, source: Source, sizes: FlagDiTConfig | None) -> FlagDiTConfig:
         has_token = any(NEXTFRAME in self.tensors[kind] for kind in self.weights)

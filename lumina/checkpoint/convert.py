@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from lumina.checkpoint.adapt import NEXTFRAME, AdaptedSource
+from lumina.checkpoint.adapter import AdapterOnBase, write_adapter
 from lumina.checkpoint.card import model_card
 from lumina.checkpoint.folder import whole_folder, write_text
 from lumina.checkpoint.load import model_config
+from lumina.checkpoint.lora import LoraSource, pair_names
 from lumina.checkpoint.manifest import EMA, MOMENTS, WEIGHTS, FileEntry
 from lumina.checkpoint.prove import ConversionError, KindProof, prove_values, prove_weights
-from lumina.checkpoint.sources import KINDS, open_source, settings_of
+from lumina.checkpoint.sources import KINDS, Source, open_source, settings_of
 from lumina.checkpoint.targets import (
     DEFAULT_SHARD,
     Files,
@@ -31,12 +33,12 @@ from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.model.pretrained import RECORD
 
-TARGETS = ("inference", "upstream", "training")
+TARGETS = ("inference", "upstream", "training", "peft")
 FORMATS = ("safetensors", "pth")
 DTYPES = {name: dtype for dtype, name in FLOATS.items()}
 # What each target takes; another refuses it.
 _OPTIONS = {
-    "weights": ("inference", "upstream"),
+    "weights": ("inference", "upstream", "peft"),
     "dtype": ("inference", "upstream"),
     "shard_size": ("inference",),
     "model_parallel": ("upstream",),
@@ -109,9 +111,10 @@ def convert(request: Request, progress: Progress = lambda *_: None) -> Converted
         files = plan.write(folder, _counter(progress, "writing", plan.bytes))
         proofs, moments = [], 0
         if request.verify:
-            proofs, moments = _prove(source, plan.kinds, folder, _counter(progress, "comparing", plan.bytes))
+            counter = _counter(progress, "comparing", plan.bytes)
+            proofs, moments = _prove(source, plan.kinds, lambda: plan.open(folder), counter)
         kind = next(iter(plan.kinds.values()))
-        parameters = sum(prod(stored.shape) for stored in source.tensors[kind].values())
+        parameters = plan.parameters or sum(prod(stored.shape) for stored in source.tensors[kind].values())
         converted = Converted(
             request.destination, files, parameters, source.step, FLOATS[plan.dtype], plan.kinds, proofs, moments,
             source.notes + plan.notes,
@@ -128,6 +131,10 @@ class _Plan:
     bytes: int
     notes: list[str]
     write: Callable[[Path, Callable[[int], object]], Files]
+    open: Callable[[Path], Source] = open_source
+    """What was written, as a model."""
+    parameters: int | None = None
+    """That are written, where they are not all of the model."""
 
 
 def _check_options(request: Request) -> None:
@@ -260,15 +267,40 @@ def _to_training(request: Request, source: AdaptedSource, config: Config | None)
     return _Plan(kinds, torch.float32, _bytes(source, len(kinds), torch.float32), notes, write)
 
 
-_PLANS = {"inference": _to_inference, "upstream": _to_upstream, "training": _to_training}
+def _to_peft(request: Request, source: AdaptedSource, config: Config | None) -> _Plan:
+    of = source.original
+    if not isinstance(of, LoraSource):
+        raise ValueError(f"{source.path} has no adapters: --to peft is of runs with lora")
+    if of.whole:
+        raise ValueError(
+            f"{source.path} has {len(of.whole)} tensors beside its adapters and their base, as {of.whole[0]}, for "
+            "which peft's format has no room; --to inference merges all of it into one model"
+        )
+    if config is not None or source.dropped:
+        raise ValueError("--to peft takes neither --config nor --drop: it writes the adapters as they are")
+    kind = _kind_of(request, source) or EMA
+    parameters = sum(prod(of.adapter(kind, name).shape) for layer in of.layers for name in pair_names(layer))
+
+    return _Plan(
+        {kind: kind},
+        torch.float32,
+        torch.float32.itemsize * parameters,
+        [f"to be laid over the weights in {of.base.folder}, from train.init_from={of.config.train.init_from}"],
+        lambda folder, count: write_adapter(of, kind, folder, count),
+        lambda folder: AdapterOnBase(folder, of, kind),
+        parameters,
+    )
+
+
+_PLANS = {"inference": _to_inference, "upstream": _to_upstream, "training": _to_training, "peft": _to_peft}
 
 
 def _prove(
-    source: AdaptedSource, kinds: Mapping[str, str], folder: Path, count: Callable[[int], object]
+    source: AdaptedSource, kinds: Mapping[str, str], opened: Callable[[], Source], count: Callable[[int], object]
 ) -> tuple[list[KindProof], int]:
-    """The folder as anyone would open it, held against the source."""
+    """The result as anyone would open it, held against the source."""
     try:
-        result = open_source(folder)
+        result = opened()
     except ValueError as error:
         raise ConversionError(f"the proof failed: what was written cannot be opened: {error}") from error
     if result.model != source.model:

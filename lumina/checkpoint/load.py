@@ -60,6 +60,14 @@ class Checkpoint:
             )
         return load_config(self._check(CONFIG))
 
+    def text(self, name: str) -> str:
+        """A file that stands beside the tensors.
+
+        Raises:
+            ValueError: where it is not there, or damaged.
+        """
+        return self._check(name).read_text()
+
     @property
     def model(self) -> FlagDiTConfig:
         """The sizes of the model whose tensors these are."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -62,6 +62,8 @@ class SaveState:
     data: dict[str, Any]
     model: dict[str, Any]
     """Fields of FlagDiTConfig."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Files beside the tensors, by name; of the first rank."""
 
 
 class _Written(NamedTuple):
@@ -251,9 +253,11 @@ class Saver:
 
     def _commit(self, state: SaveState, reports: Sequence[_Written]) -> None:
         temporary, final = self._temporary(), step_folder(self._run_dir, state.step)
-        write_durably(temporary / CONFIG, dump_config(self._config).encode())
-        config = FileEntry(bytes=(temporary / CONFIG).stat().st_size, sha256=sha256_of(temporary / CONFIG))
-        files = {CONFIG: config} | {report.file: report.entry for report in reports if report.entry}
+        files = {}
+        for name, text in {CONFIG: dump_config(self._config), **state.texts}.items():
+            write_durably(temporary / name, text.encode())
+            files[name] = FileEntry(bytes=(temporary / name).stat().st_size, sha256=sha256_of(temporary / name))
+        files |= {report.file: report.entry for report in reports if report.entry}
         write_manifest(temporary, manifest_of(state, files, [entry for report in reports for entry in report.tensors]))
         sync(temporary)
         if final.exists():  # a run that resumed from before this step comes by again

@@ -101,10 +101,10 @@ def open_source(path: Path, config: FlagDiTConfig | None = None) -> Source:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give a run, a checkpoint, an inference folder or a public one")
     if (path / MANIFEST).is_file():
-        return CheckpointSource(Checkpoint(path))
+        return source_of(Checkpoint(path))
     checkpoint = latest_checkpoint(path)
     if checkpoint is not None:
-        return CheckpointSource(checkpoint)
+        return source_of(checkpoint)
     if tagged := tag_folder(path):
         try:
             return DeepSpeedSource(tagged, config)
@@ -122,6 +122,17 @@ def open_source(path: Path, config: FlagDiTConfig | None = None) -> Source:
         f"{path} holds no model: no {MANIFEST} or checkpoints of Lumina, no config.json, no consolidated* files and "
         "no *_model_states.pt of DeepSpeed"
     )
+
+
+def source_of(checkpoint: Checkpoint) -> "CheckpointSource":
+    """A checkpoint of ours, with adapters merged into the weights where it holds adapters.
+
+    Raises:
+        ValueError: where what it belongs to is missing or damaged.
+    """
+    from lumina.checkpoint.lora import BASE_RECORD, LoraSource
+
+    return (LoraSource if BASE_RECORD in checkpoint.manifest.files else CheckpointSource)(checkpoint)
 
 
 class CheckpointSource(Source):

@@ -153,6 +153,9 @@ class TrainConfig(Section):
     allow_missing: list[str] = Field(
         default_factory=list, description="patterns of tensors that may be missing, left over, or of other shapes"
     )
+    new_text_branch: bool = Field(
+        False, description="all that reads captions starts anew, and silent: for captions of another encoder or width"
+    )
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -168,9 +171,30 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _of_init_from(self) -> "TrainConfig":
-        if self.init_from is None and (self.init_weights != "model" or self.init_ema or self.allow_missing):
-            raise ValueError("init_weights, init_ema and allow_missing say how to start from train.init_from; set it")
+        told = self.init_weights != "model" or self.init_ema or self.allow_missing or self.new_text_branch
+        if self.init_from is None and told:
+            raise ValueError(
+                "init_weights, init_ema, allow_missing and new_text_branch say how to start from train.init_from; set "
+                "it"
+            )
         return self
+
+
+class LoraConfig(Section):
+    """Adapters of low rank beside frozen weights, trained in their place (arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1, description="of the product B·A that an adapter adds to a weight")
+    alpha: float | None = Field(None, gt=0, description="the product counts alpha/rank; null: the rank, so once")
+    target_modules: list[str] | str | None = Field(
+        None,
+        description="linear layers by name or its last parts, as wq or layers.0.attention.wq, or one regular "
+        "expression for whole names; null: those of attention and feed-forward",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class ParallelConfig(Section):
@@ -263,6 +287,7 @@ class Config(Section):
     vae: VaeConfig = VaeConfig()
     data: DataConfig
     train: TrainConfig
+    lora: LoraConfig | None = Field(None, description="present: adapters are trained, not the weights")
     precision: Literal["fp32", "bf16"] = "bf16"
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -270,3 +295,22 @@ class Config(Section):
     preview: PreviewConfig = PreviewConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> "Config":
+        if self.lora is None:
+            return self
+        if self.train.init_from is None:
+            raise ValueError("lora trains adapters beside the weights of a model; name it by train.init_from")
+        if self.train.init_ema:
+            raise ValueError(
+                "train.init_ema goes on with an average of weights, and lora averages its adapters, which begin anew; "
+                "set it to false (train.init_weights=ema puts adapters beside averaged weights)"
+            )
+        for axis in ("tensor", "pipeline"):
+            if (size := getattr(self.parallel, axis)) > 1:
+                raise ValueError(
+                    f"parallel.{axis}={size} cuts the layers that lora puts adapters beside; with lora set "
+                    f"parallel.{axis}=1, and parallel.zero_stage=3, ring or ulysses where the model does not fit"
+                )
+        return self

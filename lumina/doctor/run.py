@@ -9,7 +9,7 @@ import torch
 
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, WEIGHTS
-from lumina.checkpoint.sources import open_source
+from lumina.checkpoint.sources import open_source, source_of
 from lumina.config.load import load_config
 from lumina.config.schema import Config
 from lumina.data.find import MissingShard, look_for_shards
@@ -19,9 +19,10 @@ from lumina.data.sources import LocalSource, Source
 from lumina.doctor.check import FAIL, OK, WARNING, Check, listed
 from lumina.encoders.vae import build_vae
 from lumina.model.config import FlagDiTConfig
+from lumina.model.lora import adapted_layers
 from lumina.model.pretrained import check_fit
 from lumina.parallel.layout import check_layout
-from lumina.planner.memory import MemoryPlan, largest, meta_model, plan_memory
+from lumina.planner.memory import MemoryPlan, largest, meta_model, plan_memory, trained_elements
 from lumina.train.assemble import check_conditions, plan_of, sets_of, sizing_of
 from lumina.train.initial import check_variants, drawn_and_left
 from lumina.train.resume import check_same_run
@@ -44,8 +45,8 @@ class Run:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights, average and two moments, fp32."""
-        return 4 * 4 * self.parameters
+        """Weights, average and two moments, fp32; of a run with `lora` those of its adapters."""
+        return 4 * 4 * (trained_elements(self.config, self.sizes) if self.config.lora else self.parameters)
 
 
 def open_run(path: str, overrides: Sequence[str]) -> Run:
@@ -54,6 +55,8 @@ def open_run(path: str, overrides: Sequence[str]) -> Run:
     try:
         run.config = load_config(path, overrides)
         run.sizes = model_config(run.config)
+        if run.config.lora is not None:
+            adapted_layers(meta_model(run.sizes), run.config.lora.target_modules)
     except ValueError as error:
         run.config = None
         run.checks.append(Check("configuration", FAIL, str(error), f"correct {path}, or the key=value after it"))
@@ -221,7 +224,7 @@ def check_checkpoint(config: Config, sizes: FlagDiTConfig) -> Check:
         if checkpoint is None:
             return _initial(config, sizes)
         check_same_run(config, checkpoint)
-        shapes = {name: checkpoint.shape(WEIGHTS, name) for name in checkpoint.names(WEIGHTS)}
+        shapes = {name: stored.shape for name, stored in source_of(checkpoint).tensors[WEIGHTS].items()}
         expected = {name: tuple(p.shape) for name, p in meta_model(sizes).named_parameters()}
         check_fit(expected, shapes, str(checkpoint.directory))
         wrong = _incomplete(checkpoint)
@@ -247,10 +250,12 @@ def _initial(config: Config, sizes: FlagDiTConfig) -> Check:
         if kind is None:
             raise ValueError(f"train.init_from={start} has no weights")
         shapes = {name: stored.shape for name, stored in source.tensors[kind].items()}
-        drawn, left = drawn_and_left(meta_model(sizes), shapes, config.train.allow_missing, start)
+        drawn, left = drawn_and_left(
+            meta_model(sizes), shapes, config.train.allow_missing, start, new_text_branch=config.train.new_text_branch
+        )
     except (ValueError, OSError) as error:
         return Check(
-            "checkpoint", FAIL, str(error), "correct train.init_from, the model's sizes, or train.allow_missing"
+            "checkpoint", FAIL, str(error), "correct what the sentence names: train.init_from, the model's sizes, …"
         )
     more = f"; drawn anew: {len(drawn)}, left out: {len(left)}" if drawn or left else ""
     return Check("checkpoint", OK, f"none in {config.run.dir}: the run starts from {start}{more}")

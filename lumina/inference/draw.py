@@ -168,6 +168,8 @@ def _style(arguments: argparse.Namespace) -> Style | None:
 
 
 def _pipeline(arguments: argparse.Namespace, device: torch.device) -> LuminaPipeline:
+    if arguments.lora is None and arguments.lora_scale is not None:
+        raise ValueError(f"--lora-scale {arguments.lora_scale} is of an adapter; name it by --lora DIR")
     if arguments.cpu_offload and device.type == "cpu":
         raise ValueError("--cpu-offload is for sampling on a GPU; on the CPU all weights are there already")
     name = arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")
@@ -179,6 +181,8 @@ def _pipeline(arguments: argparse.Namespace, device: torch.device) -> LuminaPipe
         text=arguments.text_encoder,
         vae=arguments.vae,
     )
+    if arguments.lora is not None:
+        pipeline.load_lora(arguments.lora, _lora_scale(arguments))
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)
     if arguments.vae_tiling:
@@ -186,6 +190,10 @@ def _pipeline(arguments: argparse.Namespace, device: torch.device) -> LuminaPipe
     if arguments.vae_slicing:
         pipeline.enable_vae_slicing()
     return pipeline
+
+
+def _lora_scale(arguments: argparse.Namespace) -> float:
+    return 1.0 if arguments.lora_scale is None else arguments.lora_scale
 
 
 def _settings(arguments: argparse.Namespace, pipeline: LuminaPipeline, form: Form) -> dict[str, Any]:
@@ -196,6 +204,7 @@ def _settings(arguments: argparse.Namespace, pipeline: LuminaPipeline, form: For
         "weights": arguments.weights,
         "text_encoder": arguments.text_encoder,
         "vae": arguments.vae,
+        **({} if arguments.lora is None else {"lora": arguments.lora, "lora_scale": _lora_scale(arguments)}),
         "vae_tiling": arguments.vae_tiling,
         "vae_slicing": arguments.vae_slicing,
         "dtype": next(name for name, dtype in _DTYPES.items() if dtype == parameter.dtype),

@@ -1,5 +1,6 @@
 """From prompts to pictures, in the manner of diffusers' pipelines."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lumina.checkpoint.adapter import add_adapter, read_adapter
 from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
 from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
-from lumina.checkpoint.sources import PUBLIC_VAE, public_trained
+from lumina.checkpoint.sources import PUBLIC_VAE, public_trained, source_of
 from lumina.config.schema import FlowConfig, TextConfig, TrainedConfig, VaeConfig
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
@@ -130,6 +132,20 @@ class LuminaPipeline(MemorySaving):
             Objective.build(**flow.model_dump()),
             settings,
         )
+
+    def load_lora(self, directory: str | Path, scale: float = 1.0) -> None:
+        """Merge an adapter in peft's format into the weights; one after another adds up.
+
+        Args:
+            directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+            scale: times what the adapter adds; -1 takes it out again, but for rounding.
+
+        Raises:
+            ValueError: for a folder that is no adapter, is damaged, is more than plain LoRA or does not fit the model.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of an adapter is {scale}; it must be finite")
+        add_adapter(self.model, read_adapter(Path(directory)), scale)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write an inference folder: `config.json` (model, flow, text, vae, trained) and `model*.safetensors`."""
@@ -404,5 +420,7 @@ def _open(directory: Path, weights: str) -> Opened:
 def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> Opened:
     config = checkpoint.config
     kind = EMA if weights == "ema" else WEIGHTS
-    model = build(model_config(config), checkpoint.state_dict(kind), str(checkpoint.directory))
+    source = source_of(checkpoint)  # which merges adapters, where the run trained those
+    state = {name: source.read(kind, name) for name in source.tensors.get(kind, {})}
+    model = build(model_config(config), state, str(checkpoint.directory))
     return model, config.flow, config.text, config.vae, config.data.trained_by(checkpoint.manifest.step)

@@ -26,6 +26,10 @@ class Flops:
     def total(self) -> int:
         return self.gemm + self.attention
 
+    def of_step(self, frozen: bool) -> int:
+        """Forward and backward; of `frozen` weights the backward pass makes no gradients."""
+        return (2 if frozen else 3) * self.gemm + 3 * self.attention
+
     def again(self, recompute: str) -> int:
         """What the backward pass does again: nothing of "none", of "selective" all of the blocks but attention."""
         return {"none": 0, "selective": self.in_blocks, "full": self.in_blocks + self.attention}[recompute]

@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 # DeepSpeed announces its accelerator and every setting on import and initialisation.
@@ -47,11 +47,23 @@ class StepOutcome:
 class Engine:
     """A Flag-DiT trained by DeepSpeed under any layout: `accumulate` gradients over packs, then `step`."""
 
-    def __init__(self, model: FlagDiT, config: Config, mesh: Mesh, accumulation_steps: int):
-        """`model` holds the fp32 weights to start from, the same on every rank; it is taken over."""
+    def __init__(
+        self,
+        model: FlagDiT,
+        config: Config,
+        mesh: Mesh,
+        accumulation_steps: int,
+        kept_elsewhere: Collection[str] = (),
+    ):
+        """
+        Args:
+            model: holds the fp32 weights to start from, the same on every rank; it is taken over.
+            kept_elsewhere: parameters, not trained, that nobody will ask `frozen` for.
+        """
         self.mesh, parallel = mesh, config.parallel
         self._accumulation_steps = accumulation_steps
-        self.frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad and n not in kept_elsewhere}
+        self.frozen = {name: parameter.detach().clone() for name, parameter in frozen.items()}
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         stage, parts = stage_of(model, parallel, mesh)
         trained = [
@@ -60,6 +72,8 @@ class Engine:
             if parameter.requires_grad
         ]
         self._stage, self._trained = stage, trained
+        # Frozen weights that are in no checkpoint stay as they are for the whole run: if a bit flips, too.
+        self._frozen_here = [(n, p) for n, p in stage.model.named_parameters() if n in kept_elsewhere]
         elements = sum(entry.parameter.numel() for entry in trained)
         self._optimizer = optimizer_of(trained, config, mesh)
         self._finite, self._spoilt = True, torch.zeros((), device=mesh.device)
@@ -190,7 +204,7 @@ class Engine:
             yield getattr(parameter, "ds_tensor", parameter)
 
     def held(self) -> Iterator[Held]:
-        """Everything that only a step of the optimizer changes, as this rank has it."""
+        """Everything that only a step of the optimizer changes, if anything does, as this rank has it."""
         replicated = self._zero_stage == 0
         for fragment in self.fragments:
             for kind, values in {"master": fragment.master, **self.moments(fragment)}.items():
@@ -199,6 +213,9 @@ class Engine:
             sharded = self._zero_stage == 3
             values = entry.parameter.ds_tensor if sharded else entry.parameter.detach().view(-1)
             yield Held("working copy", entry.name, values, replicated=not sharded)
+        for name, parameter in self._frozen_here:
+            sharded = self._zero_stage == 3
+            yield Held("frozen", name, parameter.ds_tensor if sharded else parameter.detach().view(-1), not sharded)
 
     def close(self, keep_groups: bool = False) -> None:
         """Let go of hooks and process groups, so that another run can start in this process.

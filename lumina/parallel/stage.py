@@ -5,6 +5,7 @@ Shape suffixes: t token of this rank, n sample, w condition width, d model dim, 
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
@@ -72,7 +73,12 @@ class Stage(nn.Module):
     def embed(self, x_tp: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """c (N, W), from which all modulation is made, and x (T, D)."""
         c_nw = self.model.condition(conditions.t, self._captions(conditions), conditions.labels)
-        return c_nw, self.model.embed(x_tp, conditions.stretch.tokens)
+        x_td = self.model.embed(x_tp, conditions.stretch.tokens)
+        if torch.is_grad_enabled() and not x_td.requires_grad:
+            # Of frozen embedders. ZeRO 3 lets go of a block's weights when the block's input has its gradient: without
+            # one it would before the backward pass has used them.
+            x_td.requires_grad_()
+        return c_nw, x_td
 
     def run_blocks(self, c_nw: Tensor, x_td: Tensor, conditions: Conditions) -> Tensor:
         """x (T, D) after this stage's blocks."""

@@ -16,6 +16,7 @@ from lumina.config.deepspeed import REDUCE_BUCKET
 from lumina.config.schema import Config, ParallelConfig
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
+from lumina.model.lora import adapted_layers
 from lumina.parallel.cuts import ON_FIRST_STAGE, cut, kind_of, stage_costs
 from lumina.planner.activations import activations
 from lumina.planner.traffic import ALL_REDUCED, FETCHED, FP32, GATHERED, WIDTH, Load, Place, fullest_place
@@ -72,13 +73,15 @@ class StageParameters:
     """Parameters of a rank on one pipeline stage, before ZeRO shards them.
 
     trained, fixed: of so many elements, how many there are: pairs.
-    of_block: trained elements of one block.
+    of_block: elements of one block that ZeRO 3 gathers.
+    gathered: that it gathers in all.
     """
 
     blocks: range
     trained: tuple[tuple[int, int], ...]
     fixed: tuple[tuple[int, int], ...]
     of_block: int
+    gathered: int
 
     @cached_property
     def elements(self) -> int:
@@ -100,8 +103,36 @@ def stage_parameters(sizes: FlagDiTConfig, tensor: int, pipeline: int) -> tuple[
             for wanted in (True, False)
         )
         of_block = sum(numel * count for (numel, trains), count in in_block.items() if trains)
-        found.append(StageParameters(blocks, trained, fixed, of_block))
+        found.append(StageParameters(blocks, trained, fixed, of_block, sum(numel * count for numel, count in trained)))
     return tuple(found)
+
+
+def trained_elements(config: Config, sizes: FlagDiTConfig) -> int:
+    """Of all ranks together: of a run with `lora` those of its adapters."""
+    if config.lora is None:
+        return stage_parameters(sizes, 1, 1)[0].elements
+    return _stages(config, sizes)[0].elements
+
+
+def _stages(config: Config, sizes: FlagDiTConfig) -> tuple[StageParameters, ...]:
+    lora, parallel = config.lora, config.parallel
+    if lora is None:
+        return stage_parameters(sizes, parallel.tensor, parallel.pipeline)
+    targets = lora.target_modules
+    return (_with_adapters(sizes, lora.rank, tuple(targets) if isinstance(targets, list) else targets),)
+
+
+@lru_cache(maxsize=16)
+def _with_adapters(sizes: FlagDiTConfig, rank: int, targets: tuple[str, ...] | str | None) -> StageParameters:
+    """Of a run with `lora`, which has no more than one stage; weights that start anew are counted as frozen."""
+    model = _meta_model(sizes)
+    layers = [model.get_submodule(name) for name in adapted_layers(model, targets)]
+    trained = Counter(rank * side for layer in layers for side in (layer.in_features, layer.out_features))
+    fixed = Counter(parameter.numel() for parameter in model.parameters())
+    elements = sum((trained + fixed)[numel] * numel for numel in trained + fixed)
+    blocks = range(sizes.n_layers)
+    of_block = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    return StageParameters(blocks, tuple(trained.items()), tuple(fixed.items()), of_block, elements)
 
 
 @lru_cache(maxsize=64)
@@ -140,16 +171,15 @@ def plan_memory(
         load: of a forward pass; unless given, `load_of` the configuration.
         on_cpu: whether ranks compute on CPUs, where the update is in one pass and takes nothing beside.
     """
-    parallel = config.parallel
     load = load_of(config, sizes) if load is None else load
-    stages = stage_parameters(sizes, parallel.tensor, parallel.pipeline)
+    stages = _stages(config, sizes)
     whole = _everything(sizes)
     return [_of_stage(config, sizes, number, stage, world, load, whole, on_cpu) for number, stage in enumerate(stages)]
 
 
 def fullest_stage(config: Config, sizes: FlagDiTConfig, world: int, load: Load, *, on_cpu: bool = False) -> MemoryPlan:
     """What `largest` finds among all stages: of those that hold the same, the first has most passes under way."""
-    stages = stage_parameters(sizes, config.parallel.tensor, config.parallel.pipeline)
+    stages = _stages(config, sizes)
     firsts: dict[object, int] = {}
     for number, stage in enumerate(stages):
         firsts.setdefault((stage.trained, stage.fixed), number)
@@ -275,8 +305,8 @@ def _moments(
         flat = width * bucket + mixed * FP32 * bucket  # what is reduced, and its copy in fp32
         return [started, _Moment(sums + width * bucket, flat, 0), _Moment(0, update, 0)]
     sums = 0 if on_host else part
-    gathered = width * min(GATHERED, total)
-    fetched = width * min(total, max(FETCHED, stage.of_block))  # as it arrives, before it is taken apart
+    gathered = width * min(GATHERED, stage.gathered)
+    fetched = width * min(stage.gathered, max(FETCHED, stage.of_block))  # as it arrives, before it is taken apart
     buffer = FP32 * bucket
     # One bucket holds all: then no weight is gathered any more. gloo takes a copy of all that it reduces and scatters.
     left = 0 if bucket == total else gathered

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumina.checkpoint.load import Checkpoint, model_config, newest_whole_checkpoint
+from lumina.checkpoint.lora import is_adapter
 from lumina.checkpoint.manifest import EMA as EMA_WEIGHTS
 from lumina.checkpoint.manifest import WEIGHTS, checkpoints_of, replace_text, set_aside, step_folder
 from lumina.checkpoint.save import Piece, Saver, SaveState
@@ -21,7 +22,6 @@ from lumina.data.plan import DataState
 from lumina.model.config import FlagDiTConfig
 from lumina.model.flag_dit import FlagDiT
 from lumina.model.flops import Flops, forward_flops
-from lumina.model.pretrained import check_fit
 from lumina.parallel.activity import Phase
 from lumina.parallel.engine import Engine, StepOutcome
 from lumina.parallel.layout import check_layout, describe
@@ -33,7 +33,8 @@ from lumina.train.assemble import assemble, run_folder
 from lumina.train.ema import EMA
 from lumina.train.feed import Feed
 from lumina.train.health import Health
-from lumina.train.initial import Start
+from lumina.train.initial import Start, unfilled_model
+from lumina.train.lora import Lora
 from lumina.train.metrics import Metrics, StepMetrics, peak_tflops
 from lumina.train.prepare import Preparer, TrainingPack
 from lumina.train.preview import check_preview, draw_preview
@@ -123,8 +124,10 @@ class Trainer:
         )
         self.feed = Feed(self.loader, preparer, mesh, config.train.packs_per_forward)
         initial, start = self._initial_model(checkpoint)
+        self._start = start
         self.shapes = {name: tuple(parameter.shape) for name, parameter in initial.named_parameters()}
-        self.engine = Engine(initial, config, mesh, self.parts.accumulation_steps)
+        elsewhere = self.lora.kept_elsewhere if self.lora else ()
+        self.engine = Engine(initial, config, mesh, self.parts.accumulation_steps, elsewhere)
         self.ema = EMA(self.engine.fragments, config.train.ema_decay)
         self.saver = Saver(self.run_dir, config, mesh)
         if start is not None:
@@ -137,8 +140,13 @@ class Trainer:
             self.ema.restore(lambda f: checkpoint.read(EMA_WEIGHTS, f.name, f.start, f.numel, f.part))
 
     def _initial_model(self, checkpoint: Checkpoint | None) -> tuple[FlagDiT, Start | None]:
+        self.lora: Lora | None = None
+        if checkpoint is not None and self.config.lora:
+            model, self.lora = Lora.resumed(self.config, self.parts.model, checkpoint)
+            self._notes += self.lora.said
+            return model, None
         if checkpoint is not None:
-            return _unfilled_model(self.parts.model, checkpoint), None
+            return unfilled_model(self.parts.model, checkpoint), None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
             model = FlagDiT(self.parts.model)
@@ -146,6 +154,9 @@ class Trainer:
             return model, None
         start = Start(self.config.train, model)
         self._notes += start.said
+        if self.config.lora:
+            self.lora = Lora(self.config, model, start.drawn)
+            self._notes += self.lora.said
         return model, start
 
     def run(self, again: bool) -> bool:
@@ -164,6 +175,10 @@ class Trainer:
                 aside = [set_aside(folder) for folder in self._damaged]
                 self._notes += [f"it is set aside as {folder}; remove it when you need it no more" for folder in aside]
                 replace_text(self.run_dir / "config.yaml", dump_config(self.config))
+            if self.lora and self._start:
+                first_then_others(
+                    self.mesh, lambda first: self.lora.write_base(self._start, self.mesh.activity) if first else None
+                )
             metrics = stack.enter_context(Metrics(self.config, self.step + 1, enabled=self.mesh.is_first))
             self._introduce(metrics)
             if self.mesh.is_first and not again and self.stop_file.asked():
@@ -183,7 +198,7 @@ class Trainer:
 
     def _introduce(self, metrics: Metrics) -> None:
         plan, parts = self.parts.plan, self.parts
-        parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        parameters = sum(torch.Size(shape).numel() for name, shape in self.shapes.items() if not is_adapter(name))
         metrics.say(
             f"Flag-DiT with {parameters:,} parameters · {len(parts.index):,} samples · "
             f"packs a step: {self.config.train.global_batch_packs}, of {plan.tokens_per_pack:,} tokens "
@@ -238,7 +253,8 @@ class Trainer:
             skipped = result.outcome.skipped
             tokens = sum(sum(pack.layout.lengths) for pack in packs)
             counts = [self._flops(pack) for pack in packs]
-            flops, again = 3 * sum(c.total for c in counts), sum(c.again(config.parallel.recompute) for c in counts)
+            flops = sum(c.of_step(frozen=self.lora is not None) for c in counts)
+            again = sum(c.again(config.parallel.recompute) for c in counts)
             # What is said of whole packs is said once for all ranks that work on them.
             of_packs = [tokens, flops, again, data.bad] if self.mesh.leads_replica else [0, 0, 0, 0]
             # The norm is everybody's, but who decides by it must have it to the last bit.
@@ -329,6 +345,7 @@ class Trainer:
             self.engine.optimizer_steps,
             data={} if data is None else data.to_dict(),
             model=self.parts.model.to_dict(),
+            texts=self.lora.texts if self.lora else {},
         )
         metrics.say(self.saver.start(state, self._pieces()))
         if wait:
@@ -358,7 +375,7 @@ class Trainer:
         mine = zip(self.engine.fragments, self.ema.values, self.engine.owned, strict=True)
         by_name = {fragment.name: (fragment, values) for fragment, values, owned in mine if owned}
         weights = {}
-        for name, shape in self.shapes.items():
+        for name, shape in (self.lora.held if self.lora else self.shapes).items():
             if name in self.engine.frozen:
                 weights[name] = self.engine.frozen[name]
                 continue
@@ -368,18 +385,6 @@ class Trainer:
                 fragment.place_in(whole, values)
             self.mesh.sum_to_first(whole)
             weights[name] = whole
-        return weights if self.mesh.is_first else None
-
-
-def _unfilled_model(config: FlagDiTConfig, checkpoint: Checkpoint) -> FlagDiT:
-    """A model for the engine to cut; what is trained is read after that, by each rank its own part."""
-    with torch.device("meta"):
-        model = FlagDiT(config)
-    saved = {name: checkpoint.shape(WEIGHTS, name) for name in checkpoint.names(WEIGHTS)}
-    check_fit({name: tuple(p.shape) for name, p in model.named_parameters()}, saved, str(checkpoint.directory))
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                parameter.copy_(checkpoint.read(WEIGHTS, name).view_as(parameter))
-    return model
+        if not self.mesh.is_first:
+            return None
+        return self.lora.whole(weights) if self.lora else weights

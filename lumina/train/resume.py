@@ -1,7 +1,7 @@
 """What a run that goes on must have in common with what it was."""
 
 from lumina.checkpoint.load import Checkpoint, model_config
-from lumina.config.schema import Config
+from lumina.config.schema import Config, LoraConfig
 from lumina.data.plan import DataState
 
 
@@ -36,5 +36,7 @@ def _identity(config: Config) -> dict[str, object]:
         "text": config.text.model_dump(exclude={"dtype"}) if config.text else {},
         "vae": config.vae.model_dump(exclude={"dtype"}),
     }
+    # Of a run that trains weights all three are None; what the adapters are beside is in the run's own folder.
+    sections["lora"] = config.lora.model_dump() if config.lora else dict.fromkeys(LoraConfig.model_fields)
     named = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {"run.seed": config.run.seed, **named}

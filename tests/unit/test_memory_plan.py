@@ -21,6 +21,9 @@ LAYOUTS = [
     {"parallel__tensor": 2, "parallel__zero_stage": 1},
     {"parallel__pipeline": 2, "parallel__zero_stage": 1},
     {"parallel__zero_stage": 1, "parallel__offload_optimizer": True},
+    {"parallel__zero_stage": 0, "lora__rank": 3, "train__init_from": "unread"},
+    {"parallel__zero_stage": 2, "precision": "bf16", "lora__rank": 3, "train__init_from": "unread"},
+    {"parallel__zero_stage": 3, "lora__rank": 2, "lora__target_modules": ["wq"], "train__init_from": "unread"},
 ]
 
 
@@ -33,13 +36,17 @@ def held(rank, folder, layouts, ports):
     from lumina.parallel.engine import Engine
     from lumina.parallel.mesh import close_mesh, open_mesh
     from lumina.train.ema import EMA
+    from lumina.train.lora import Lora
 
     found = []
     for layout, port in zip(layouts, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         config = config_of(folder, **layout)
         mesh = open_mesh(config.parallel)
-        engine = Engine(FlagDiT(model_config(config)), config, mesh, 1)
+        model = FlagDiT(model_config(config))
+        if config.lora:
+            Lora(config, model, anew=())
+        engine = Engine(model, config, mesh, 1)
         zero = config.parallel.zero_stage
         weights = sum((p.ds_tensor if zero == 3 else p).nbytes for p in engine._stage.parameters())
         flats = {id(f.flat): f.flat for f in engine.fragments}.values()
