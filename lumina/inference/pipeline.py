@@ -11,10 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumina.checkpoint.adapter import add_adapter, read_adapter
-from lumina.checkpoint.load import Checkpoint, latest_checkpoint, model_config
-from lumina.checkpoint.manifest import EMA, MANIFEST, WEIGHTS
-from lumina.checkpoint.sources import PUBLIC_VAE, public_trained, source_of
-from lumina.config.schema import FlowConfig, TextConfig, TrainedConfig, VaeConfig
+from lumina.config.schema import TextConfig, TrainedConfig, VaeConfig
 from lumina.encoders.text import TextEncoder, build_text_encoder
 from lumina.encoders.vae import Vae, build_vae
 from lumina.flow.loss import Objective
@@ -26,10 +23,10 @@ from lumina.inference.extrapolate import ExtrapolationSettings, longest_trained,
 from lumina.inference.guidance import DEFAULT_GUIDANCE, Guidance, network
 from lumina.inference.images import to_images, to_pixels
 from lumina.inference.memory import MemorySaving
+from lumina.inference.opening import open_folder
 from lumina.inference.style import Style, known_sample
 from lumina.model.flag_dit import FlagDiT
-from lumina.model.pretrained import build, load_pretrained, read_config, save_pretrained
-from lumina.model.public import read_arguments
+from lumina.model.pretrained import save_pretrained
 from lumina.model.tokens import token_count
 
 DEFAULT_SIDE = 256
@@ -111,7 +108,7 @@ class LuminaPipeline(MemorySaving):
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if weights not in ("ema", "model"):
             raise ValueError(f"weights is {weights!r}; it is `ema` or `model`")
-        model, flow, own_text, own_vae, trained = _open(directory, weights)
+        model, flow, own_text, own_vae, trained = open_folder(directory, weights)
         if isinstance(text, str):
             text = (own_text or TextConfig()).model_copy(update={"encoder": text})
         if isinstance(vae, str):
@@ -389,38 +386,3 @@ class LuminaPipeline(MemorySaving):
             raise ValueError("a label-conditional model takes no regions: it has no captions to follow")
         known_class = [style.prompt or self.model.config.num_classes] if known else []
         return label_conditions(self.model, prompts + known_class, shape, guided=guided, leader=leader)
-
-
-Opened = tuple[FlagDiT, FlowConfig, TextConfig | None, VaeConfig, TrainedConfig | None]
-
-
-def _open(directory: Path, weights: str) -> Opened:
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder; give a run, a checkpoint or an inference folder")
-    if (directory / MANIFEST).is_file():
-        return _open_checkpoint(Checkpoint(directory), weights)
-    checkpoint = latest_checkpoint(directory)
-    if checkpoint is not None:
-        return _open_checkpoint(checkpoint, weights)
-    if (directory / "checkpoints").is_dir() or (directory / "config.yaml").is_file():
-        raise ValueError(f"{directory} is a run without a complete checkpoint yet; train it further")
-    model = load_pretrained(directory, None, weights)
-    if not (directory / "config.json").is_file():  # public weights, trained with the SD autoencoder
-        return model, FlowConfig(), None, PUBLIC_VAE, public_trained(read_arguments(directory))
-    config = read_config(directory)
-    try:
-        flow = FlowConfig.model_validate(config.get("flow", {}))
-        own_text = TextConfig.model_validate(config["text"]) if "text" in config else None
-        trained = TrainedConfig.model_validate(config["trained"]) if "trained" in config else None
-        return model, flow, own_text, VaeConfig.model_validate(config.get("vae", {})), trained
-    except ValueError as error:
-        raise ValueError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
-
-
-def _open_checkpoint(checkpoint: Checkpoint, weights: str) -> Opened:
-    config = checkpoint.config
-    kind = EMA if weights == "ema" else WEIGHTS
-    source = source_of(checkpoint)  # which merges adapters, where the run trained those
-    state = {name: source.read(kind, name) for name in source.tensors.get(kind, {})}
-    model = build(model_config(config), state, str(checkpoint.directory))
-    return model, config.flow, config.text, config.vae, config.data.trained_by(checkpoint.manifest.step)

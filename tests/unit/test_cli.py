@@ -378,7 +378,7 @@ def test_the_examples_are_understood():
                     yield from parsers(child)
 
     examples = [p.epilog.split("\n  ")[1] for p in parsers(_parser())]
-    assert len(examples) == 27
+    assert len(examples) == 28
     for example in examples:
         for command in example.split("&&"):
             words = shlex.split(command)
