@@ -240,6 +240,14 @@ def test_refusals(folders, tmp_path, capsys, options, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_command_leaves_the_folder_of_another(folders, tmp_path):
+    """Two that were given one name: the second is refused before it has made anything."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    assert draw(folders["grey"], tmp_path / "out", "--batch-size", "0") == 2
+    assert partial.is_dir()
+
+
 def test_settings_say_how_it_was_drawn(folders, tmp_path):
     assert draw(folders["grey"], tmp_path / "out", "--dtype", "bf16", "--device", "cpu") == 0
     records = json.loads((tmp_path / "out" / "samples.json").read_text())
