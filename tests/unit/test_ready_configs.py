@@ -25,7 +25,7 @@ READY = {
 
 
 # What tests/unit/test_ready_small_configs.py trains.
-SMALL = ("digits", "moving-digits", "turntable", "speech", "four")
+SMALL = ("digits", "digit-sheets", "moving-digits", "turntable", "speech", "four")
 
 
 @pytest.mark.parametrize("name", READY)

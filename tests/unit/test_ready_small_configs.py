@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lumina.config.load import dump_config, load_config
+from lumina.data.recipes.digit_sheets import write_digit_sheets
 from lumina.data.recipes.digits import write_digits
 from lumina.data.recipes.moving_digits import write_moving_digits
 from lumina.data.recipes.turntable import write_turntable
@@ -33,6 +34,7 @@ def spectrogram(number):
 def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     write_digits(root / "digits")
+    write_digit_sheets(root / "digit-sheets", count=24, workers=1)
     write_moving_digits(root / "moving-digits", count=24, workers=1)
     write_turntable(root / "turntable", count=24, workers=1)
     write_shards(root / "speech", map(spectrogram, range(24)), name="speech", samples_per_shard=24)
@@ -41,7 +43,14 @@ def sets(tmp_path_factory):
 
 @pytest.mark.slow
 def test_each_trains(sets, tmp_path):
-    names = {"digits": 6, "moving-digits": VIDEO, "turntable": OBJECT, "speech": WORD, "four": None}
+    names = {
+        "digits": 6,
+        "digit-sheets": None,
+        "moving-digits": VIDEO,
+        "turntable": OBJECT,
+        "speech": WORD,
+        "four": None,
+    }
     trees = []
     for name in names:
         config = load_config(CONFIGS / f"{name}.yaml", [f"run.dir={tmp_path / name}", "train.steps=2"])
